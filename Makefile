@@ -1,0 +1,51 @@
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+DEMO := runs/demo
+
+.PHONY: help setup demo test lint bench pretrain study clean
+help:
+	@echo "make demo      finetune with and without the cycle on the miniature world, evaluate, write a report"
+	@echo "make test      the test suite"
+	@echo "make lint      ruff"
+	@echo "make bench     the benchmarks"
+	@echo "make study     the demo over five seeds and every cycle (about an hour)"
+	@echo "make pretrain  train the miniature world's models from nothing (about an hour)"
+
+setup: $(READY)
+$(READY): pyproject.toml constraints.txt .ci/torchvision_cpu.py
+	$(PYTHON) -c 'import sys; sys.exit("cyclefit needs Python 3.11 or newer; give one with PYTHON=...") if sys.version_info < (3, 11) else 0'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PY) .ci/torchvision_cpu.py
+	touch $@
+
+data/miniature/novel/manifest.json: | $(READY)
+	$(PY) -m cyclefit.miniature.scenes --out data/miniature
+
+demo: $(READY) data/miniature/novel/manifest.json
+	rm -rf $(DEMO)
+	$(PY) train.py --config miniature_blip.yaml --runs $(DEMO) --name plain
+	$(PY) train.py --config miniature_cycle_blip_reward.yaml --runs $(DEMO) --name cycle
+	$(PY) evaluate.py captions --config miniature_evaluate.yaml --runs '[$(DEMO)/plain, $(DEMO)/cycle]' --limit 150 --out $(DEMO)/evaluation
+
+test: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(READY) data/miniature/novel/manifest.json
+	$(PY) -m benchmarks.loader
+	$(PY) -m benchmarks.rerank
+
+study: $(READY) data/miniature/novel/manifest.json
+	$(PY) -m cyclefit.miniature.study
+
+pretrain: $(READY)
+	$(PY) -m cyclefit.miniature.pretrain
+
+clean:
+	rm -rf $(VENV) runs data

@@ -1,0 +1,26 @@
+"""What flows through the project: one batch of images with their captions."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Images and their captions, in the one convention every part of the project shares.
+
+    Each model adapter resizes and normalises for its own network, in differentiable tensor operations.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    """RGB in [0, 1]."""
+    captions: list[str]
+    """The caption of this visit, one of the references (training picks one at random, evaluation the first)."""
+    references: list[list[str]]
+    """All captions of each image."""
+    keys: list[str]
+    """Each sample's name in its shard; unique within a split."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
