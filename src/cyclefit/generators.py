@@ -1,0 +1,263 @@
+"""Generators, p(image | caption)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cyclefit.loading import freeze, loading, resized, seeded
+
+
+class Generator(nn.Module, ABC):
+    """p(image | caption), a latent diffusion model.
+
+    Conditioning `(b, n, d)` is what the denoiser attends to: the text encoder's hidden states.
+    """
+
+    @abstractmethod
+    def encode_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Scaled latents of images, without gradient; the posterior's mean, so that they depend on the image alone."""
+
+    @abstractmethod
+    def encode_texts(self, texts: list[str]) -> Float[Tensor, "b n d"]:
+        """Conditioning of texts; repeated texts are encoded once."""
+
+    @abstractmethod
+    def noise(self, seeds: Sequence[int], *shape: int) -> Float[Tensor, "b ..."]:
+        """Standard normal noise of `shape` for each seed, on the model's device."""
+
+    @abstractmethod
+    def errors(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        conditioning: Float[Tensor, "b n d"],
+        timesteps: Int[Tensor, "b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b"]:
+        """Denoising error || target - prediction(z_t, t, c) ||^2, averaged over the latent's elements.
+
+        The target is eps, or v = alpha_t eps - sigma_t z_0 where the scheduler says v-prediction (Salimans and Ho,
+        ICLR 2022). Carries gradient into the conditioning and into whatever of the denoiser is trained.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        captions: list[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """One image in [0, 1] per caption and seed, without gradient; None is the model's own number."""
+
+    @abstractmethod
+    def calls_per_image(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
+        """Denoiser evaluations that `generate` spends on one image."""
+
+    def loss(self, images: Float[Tensor, "b 3 h w"], captions: list[str]) -> Float[Tensor, "b"]:
+        """L_denoise = E_{t, eps} || eps - eps_theta(z_t, t, c) ||^2, one timestep and noise per sample."""
+        latents = self.encode_images(images)
+        timesteps = torch.randint(self.num_timesteps, (len(latents),), device=latents.device)
+        return self.errors(latents, self.encode_texts(captions), timesteps, torch.randn_like(latents))
+
+    num_timesteps: int = 1000
+
+
+class StableDiffusion(Generator):
+    """Stable Diffusion (Rombach et al., CVPR 2022, arXiv 2112.10752) over diffusers' and transformers' own classes.
+
+    Sampling is DPM-Solver++ (2M; Lu et al., arXiv 2211.01095) with classifier-free guidance
+    eps = eps_u + guidance_scale (eps_c - eps_u) (Ho and Salimans, arXiv 2207.12598).
+
+    Args:
+        pretrained: hub id or local folder in the layout of a StableDiffusionPipeline.
+        steps: solver steps of one image.
+        guidance_scale: 1 switches guidance off and halves the denoiser's work.
+        image_size: pixels of the generated and encoded images; the denoiser's own size if None.
+        batch_size: images that go through the denoiser together.
+        random_weights: build the architecture from the configs alone, for tests and benchmarks.
+
+    Raises:
+        FileNotFoundError: the model is neither a local folder nor to be had from the hub.
+
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        steps: int = 20,
+        guidance_scale: float = 7.5,
+        image_size: int | None = None,
+        batch_size: int = 32,
+        random_weights: bool = False,
+    ):
+        super().__init__()
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+        with loading("generator", pretrained):
+            if random_weights:
+                self.unet = UNet2DConditionModel.from_config(
+                    UNet2DConditionModel.load_config(pretrained, subfolder="unet")
+                )
+                self.vae = AutoencoderKL.from_config(AutoencoderKL.load_config(pretrained, subfolder="vae"))
+                self.text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(pretrained, subfolder="text_encoder"))
+            else:
+                files = {"torch_dtype": torch.float32, "use_safetensors": True}
+                self.unet = UNet2DConditionModel.from_pretrained(pretrained, subfolder="unet", **files)
+                self.vae = AutoencoderKL.from_pretrained(pretrained, subfolder="vae", **files)
+                self.text_encoder = CLIPTextModel.from_pretrained(
+                    pretrained, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+                )
+            # AutoTokenizer guesses the class from a config that such a repository does not have.
+            if Path(pretrained).is_dir():
+                self.tokenizer = AutoTokenizer.from_pretrained(str(Path(pretrained) / "tokenizer"))
+            else:
+                self.tokenizer = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
+            self.scheduler = DPMSolverMultistepScheduler.from_pretrained(
+                pretrained, subfolder="scheduler", algorithm_type="dpmsolver++", lower_order_final=True
+            )
+        self.pretrained = pretrained
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.image_size = image_size or self.unet.config.sample_size * self.downsampling
+        self.batch_size = batch_size
+        self.num_timesteps = self.scheduler.config.num_train_timesteps
+        alphas_cumprod = self.scheduler.alphas_cumprod.float()
+        self.register_buffer("alphas", alphas_cumprod.sqrt(), persistent=False)
+        self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt(), persistent=False)
+        self._empty: Tensor | None = None
+        freeze(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image's latents."""
+        side = self.image_size // self.downsampling
+        return self.unet.config.in_channels, side, side
+
+    def calls_per_image(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
+        """Denoiser evaluations that `generate` spends on one image."""
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return (steps or self.steps) * (1 if guidance_scale == 1 else 2)
+
+    @torch.no_grad()
+    def encode_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
+        """Scaled latents of images, the posterior's mean, without gradient."""
+        images = resized(images, self.image_size, self.image_size, crop=True)
+        latents = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+        return latents.float() * self.vae.config.scaling_factor
+
+    def decode_latents(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in [0, 1] of scaled latents; differentiable."""
+        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def tokenize(self, texts: list[str]) -> Int[Tensor, "b n"]:
+        """Token ids, padded and cut to the text encoder's length."""
+        return self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(
+            self.device
+        )
+
+    def encode_texts(self, texts: list[str]) -> Float[Tensor, "b n d"]:
+        """The text encoder's last hidden states; repeated texts are encoded once."""
+        unique = list(dict.fromkeys(texts))
+        hidden = self.text_encoder(self.tokenize(unique)).last_hidden_state.float()
+        if len(unique) == len(texts):
+            return hidden
+        place = {text: i for i, text in enumerate(unique)}
+        return hidden[torch.tensor([place[text] for text in texts], device=hidden.device)]
+
+    def encode_embeddings(self, embeddings: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The text encoder's last hidden states of token embeddings, as the vocabulary bridge gives; differentiable."""
+        from cyclefit.bridge import encode_embeddings
+
+        return encode_embeddings(self.text_encoder, embeddings.to(self.text_encoder.dtype)).float()
+
+    def noise(self, seeds: Sequence[int], *shape: int) -> Float[Tensor, "b ..."]:
+        """Standard normal noise of `shape` (the latents' if not given) for each seed, on the model's device."""
+        return seeded(torch.randn, seeds, *(shape or self.latent_shape), device=self.device)
+
+    def noised(
+        self, latents: Float[Tensor, "b c h w"], timesteps: Int[Tensor, "b"], noise: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b c h w"]:
+        """z_t = alpha_t z_0 + sigma_t eps (Ho et al., NeurIPS 2020, eq. 4)."""
+        return self._at(self.alphas, timesteps) * latents + self._at(self.sigmas, timesteps) * noise
+
+    @staticmethod
+    def _at(table: Float[Tensor, "t"], timesteps: Int[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
+        return table[timesteps].view(-1, 1, 1, 1)
+
+    def predict(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        timesteps: Int[Tensor, "b"],
+        conditioning: Float[Tensor, "b n d"],
+    ) -> Float[Tensor, "b c h w"]:
+        """What the denoiser says of noised latents, in the scheduler's own parametrisation."""
+        dtype = self.unet.dtype
+        return self.unet(latents.to(dtype), timesteps, conditioning.to(dtype), return_dict=False)[0].float()
+
+    def errors(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        conditioning: Float[Tensor, "b n d"],
+        timesteps: Int[Tensor, "b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b"]:
+        """Denoising error averaged over the latent's elements, against eps or v as the scheduler says."""
+        predicted = self.predict(self.noised(latents, timesteps, noise), timesteps, conditioning)
+        if self.scheduler.config.prediction_type == "v_prediction":
+            noise = self._at(self.alphas, timesteps) * noise - self._at(self.sigmas, timesteps) * latents
+        return (noise - predicted).square().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        captions: list[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """One image in [0, 1] per caption and seed; the same for a caption and seed whatever else is in the batch."""
+        images = []
+        for start in range(0, len(captions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            conditioning = self.encode_texts(captions[part])
+            images.append(
+                self.decode_latents(self.denoise(conditioning, self.noise(seeds[part]), steps, guidance_scale))
+            )
+        return torch.cat(images)
+
+    def denoise(
+        self,
+        conditioning: Float[Tensor, "b n d"],
+        latents: Float[Tensor, "b c h w"],
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """Standard normal latents, denoised by the solver with guidance."""
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        guided = guidance_scale != 1
+        if guided:
+            if self._empty is None or self._empty.device != latents.device:
+                self._empty = self.encode_texts([""])
+            conditioning = torch.cat([self._empty.expand_as(conditioning), conditioning])
+        self.scheduler.set_timesteps(steps or self.steps)
+        latents = latents * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            timesteps = torch.full((len(conditioning),), int(t), device=latents.device)
+            prediction = self.predict(torch.cat([latents] * 2) if guided else latents, timesteps, conditioning)
+            if guided:
+                unconditional, conditional = prediction.chunk(2)
+                prediction = unconditional + guidance_scale * (conditional - unconditional)
+            latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+        return latents

@@ -1,0 +1,68 @@
+"""What every model adapter shares: pretrained files with a clear error, resizing, per-sample random numbers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@contextmanager
+def loading(kind: str, name: str) -> Iterator[None]:
+    """Turns what a hub client raises for missing files or network into one sentence with the way out.
+
+    Raises:
+        FileNotFoundError: the model is neither a readable local folder nor to be had from the hub.
+
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"cannot load the {kind} {name!r}: give the id of a model on the hub (with network access), a local folder "
+            f"in the hub's own layout, or set HF_HOME to a cache that holds it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def resized(
+    images: Float[Tensor, "b 3 h w"], height: int, width: int, *, crop: bool = False
+) -> Float[Tensor, "b 3 height width"]:
+    """Images at another size, bicubic with antialiasing, differentiable, clamped to [0, 1].
+
+    `crop` keeps the aspect ratio and cuts the centre; otherwise the image is stretched.
+    """
+    if images.shape[-2:] == (height, width):
+        return images
+    if crop:
+        h, w = images.shape[-2:]
+        scale = max(height / h, width / w)
+        scaled = max(height, round(h * scale)), max(width, round(w * scale))
+        images = F.interpolate(images, scaled, mode="bicubic", antialias=True)
+        top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+        return images[:, :, top : top + height, left : left + width].clamp(0, 1)
+    return F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def seeded(draw, seeds: Sequence[int], *shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """`draw` (torch.randn or torch.rand) of `shape` for each seed, `(len(seeds), *shape)`, drawn on the CPU.
+
+    Each sample's numbers depend on its own seed alone: not on the batch, the rank or the device.
+    """
+    rows = [draw(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(device, non_blocking=True)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The module in eval mode with no parameter requiring a gradient."""
+    return module.eval().requires_grad_(False)
+
+
+def half_on_gpu(adapter: nn.Module) -> nn.Module:
+    """A frozen adapter whose networks are in bf16 if they are on a GPU; its own buffers keep their precision."""
+    for network in adapter.children():
+        if next(network.parameters()).is_cuda:
+            network.to(torch.bfloat16)
+    return adapter

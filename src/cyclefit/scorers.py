@@ -1,0 +1,84 @@
+"""Scorers: embeddings of images and texts in one space, for similarity."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cyclefit.loading import freeze, loading, resized
+
+
+class Scorer(nn.Module, ABC):
+    """A frozen judge; similarity is the inner product of its unit-length embeddings, in [-1, 1]."""
+
+    name: str
+
+    @abstractmethod
+    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length embeddings of images in [0, 1]; differentiable in the images."""
+
+    @abstractmethod
+    def embed_texts(self, texts: list[str]) -> Float[Tensor, "b d"]:
+        """Unit-length embeddings of texts; repeated texts are embedded once."""
+
+
+class OpenClip(Scorer):
+    """CLIP (Radford et al., ICML 2021, arXiv 2103.00020) through open_clip.
+
+    Args:
+        model: an open_clip model name (for OpenAI's weights one that ends in `-quickgelu`), or a local folder with
+            `open_clip_config.json` and its weights.
+        pretrained: an open_clip tag such as `openai`; not used for a local folder. None gives random weights.
+        batch_size: images or texts that go through together.
+
+    Raises:
+        FileNotFoundError: the model is neither a local folder nor to be had.
+
+    """
+
+    def __init__(self, model: str = "ViT-L-14-quickgelu", pretrained: str | None = "openai", batch_size: int = 256):
+        super().__init__()
+        import open_clip
+
+        local = Path(model).is_dir()
+        identifier = f"local-dir:{model}" if local else model
+        if not local and model not in open_clip.list_models():
+            raise FileNotFoundError(
+                f"cannot load the scorer {model!r}: neither a local folder with an open_clip_config.json nor one of "
+                f"open_clip's models ({', '.join(open_clip.list_models()[:8])}, ...)"
+            )
+        with loading("scorer", model):
+            self.model = open_clip.create_model(identifier, None if local else pretrained, precision="fp32")
+            self.tokenizer = open_clip.get_tokenizer(identifier)
+        self.name = Path(model).name if local else f"{model}/{pretrained}"
+        self.batch_size = batch_size
+        visual = self.model.visual
+        size = visual.image_size
+        self.image_size = size if isinstance(size, tuple) else (size, size)
+        for name in ("image_mean", "image_std"):
+            value = getattr(visual, name, None) or getattr(open_clip.constants, f"OPENAI_DATASET_{name[6:].upper()}")
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+        freeze(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
+
+    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit-length image embeddings; resized to the model's size by its shorter side, centre cut out."""
+        pixels = (resized(images, *self.image_size, crop=True) - self.image_mean) / self.image_std
+        parts = [self.model.encode_image(part.to(self.dtype)) for part in pixels.split(self.batch_size)]
+        return F.normalize(torch.cat(parts).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Float[Tensor, "b d"]:
+        """Unit-length text embeddings; repeated texts are embedded once."""
+        unique = list(dict.fromkeys(texts))
+        tokens = self.tokenizer(unique).to(self.image_mean.device)
+        embeddings = torch.cat([self.model.encode_text(part) for part in tokens.split(self.batch_size)])
+        place = {text: i for i, text in enumerate(unique)}
+        return F.normalize(embeddings.float(), dim=-1)[[place[text] for text in texts]]
