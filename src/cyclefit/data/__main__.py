@@ -1,0 +1,90 @@
+"""Pack images and captions into shards, and verify shards: `python -m cyclefit.data pack|verify`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from .sources import coco_source, folder_source, img2dataset_source, nocaps_source
+from .write import Sample, verify_shards, write_shards
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cyclefit.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pack = commands.add_parser("pack", help="write shards")
+    pack.add_argument("source", choices=["folder", "coco", "nocaps", "img2dataset"])
+    pack.add_argument("--images", required=True, help="folder of images (img2dataset: of its shards)")
+    pack.add_argument("--annotations", help="captions file; a folder may have .txt files instead")
+    pack.add_argument("--split", help="split of Karpathy's file (train+restval for two); domain for nocaps")
+    pack.add_argument("--out", required=True, help="folder for the shards, without shards so far")
+    pack.add_argument("--samples_per_shard", type=int, default=1000)
+    pack.add_argument("--limit", type=int, help="only the first so many samples")
+    verify = commands.add_parser("verify", help="read shards again and compare them with their manifest")
+    verify.add_argument("folder")
+    return parser
+
+
+def _source(args: argparse.Namespace) -> Iterator[Sample]:
+    if args.source in ("coco", "nocaps") and args.annotations is None:
+        raise ValueError(f"pack {args.source} needs --annotations, the json of captions.")
+    if args.source in ("folder", "img2dataset") and args.split is not None:
+        raise ValueError(f"pack {args.source} knows no splits; leave --split out.")
+    if args.source == "folder":
+        return folder_source(args.images, args.annotations)
+    if args.source == "coco":
+        return coco_source(args.images, args.annotations, args.split)
+    if args.source == "nocaps":
+        return nocaps_source(args.images, args.annotations, args.split)
+    if args.annotations is not None:
+        raise ValueError("pack img2dataset takes captions from the shards; leave --annotations out.")
+    return img2dataset_source(args.images)
+
+
+def _pack(args: argparse.Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} leaves nothing to pack.")
+    samples = islice(_source(args), args.limit)
+    if args.source == "img2dataset":  # its samples hold the image itself: one at a time, its own count as total
+        stats = [json.loads(path.read_text()) for path in Path(args.images).glob("*_stats.json")]
+        total = sum(entry.get("successes", 0) for entry in stats) or None
+        total = min(filter(None, (total, args.limit)), default=None)
+        samples = chain([next(samples)], samples)  # what is wrong with the folder shows before the bar does
+    else:
+        samples = list(samples)
+        total = len(samples)
+    source = f"{args.source} {args.images} {args.annotations or ''} {args.split or ''}"
+    manifest = write_shards(
+        samples,
+        args.out,
+        samples_per_shard=args.samples_per_shard,
+        total=total,
+        source=" ".join(source.split()),
+    )
+    skipped = manifest["skipped"]
+    verified = verify_shards(args.out)
+    print(f"{verified['samples']} samples in {verified['shards']} shards in {args.out}, verified.")
+    if skipped["total"]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in skipped["reasons"].items())
+        print(f"{skipped['total']} samples skipped: {reasons}; each is named in {args.out}/manifest.json.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "pack":
+            _pack(args)
+        else:
+            verified = verify_shards(args.folder)
+            print(f"{verified['samples']} samples in {verified['shards']} shards, all as written.")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

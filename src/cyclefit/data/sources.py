@@ -1,0 +1,248 @@
+"""Where samples come from: folders, COCO and NoCaps annotations, and img2dataset's output."""
+
+import csv
+import json
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .write import IMAGE_SUFFIXES, Sample
+
+log = logging.getLogger("cyclefit.data")
+
+_FILE_FIELDS = ("file", "file_name", "filename", "filepath", "image", "path")
+_CAPTION_FIELDS = ("captions", "caption", "text", "title")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+
+
+def folder_source(images: str | Path, annotations: str | Path | None = None) -> Iterator[Sample]:
+    """Images of a folder and its subfolders, captions from one file or from a `.txt` beside each image.
+
+    The file is json (`{file: caption or captions}`, or a list of objects with `file` and `captions`), jsonl
+    (one such object a line), csv or tsv (a column of files and one of captions, several rows a file allowed);
+    without one, a `captions.json|jsonl|csv|tsv` in the folder is taken, else `.txt` files, a caption a line.
+    Images without captions and captions without images are passed on, to be counted by the writer.
+    """
+    images = _existing_folder(images)
+    if annotations is None:
+        found = [images / f"captions{suffix}" for suffix in (".json", ".jsonl", *_TABLES)]
+        annotations = next((path for path in found if path.is_file()), None)
+    listed = _read_captions(_existing_file(annotations)) if annotations is not None else None
+    paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    files = {path.relative_to(images).as_posix(): path for path in paths}
+    if not files and not listed:
+        raise FileNotFoundError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
+    files |= {name: images / name for name in listed or () if name not in files}
+    stems = [name.rpartition(".")[0] or name for name in files]
+    counts = Counter(stems)
+    for stem, (name, path) in zip(stems, files.items(), strict=True):
+        if listed is None:
+            text = path.with_suffix(".txt")
+            captions = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
+            extra = {}
+        else:
+            captions, extra = listed.get(name, ([], {}))
+        yield Sample(stem if counts[stem] == 1 else name, path, captions, extra)
+
+
+def coco_source(images: str | Path, annotations: str | Path, split: str | None = None) -> Iterator[Sample]:
+    """Images of a captions json: COCO's own (`images`, `annotations`) or Karpathy's (`images[].sentences`).
+
+    `split` selects one split of Karpathy's file, or several joined by `+` (`train+restval`); COCO's own files
+    are one split each.
+    """
+    images, path = _existing_folder(images), _existing_file(annotations)
+    data = _load_json(path)
+    entries = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no list of images; expected COCO's captions json or Karpathy's.")
+    if any("sentences" in entry for entry in entries):
+        yield from _karpathy(images, path, entries, split)
+        return
+    if split is not None:
+        raise ValueError(f"{path} is not divided into splits; leave split={split} out, or use Karpathy's file.")
+    yield from _coco_layout(images, path, data)
+
+
+def nocaps_source(images: str | Path, annotations: str | Path, domain: str | None = None) -> Iterator[Sample]:
+    """Images of a NoCaps captions json, all or one domain (`in-domain`, `near-domain`, `out-domain`).
+
+    The image's domain and Open Images id are kept beside the captions.
+    """
+    images, path = _existing_folder(images), _existing_file(annotations)
+    data = _load_json(path)
+    entries = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} has no list of images; expected the captions json of NoCaps.")
+    if domain is not None:
+        domains = sorted({str(entry["domain"]) for entry in entries if entry.get("domain")})
+        if domain not in domains:
+            raise ValueError(f"{path} has no domain {domain}; it has {', '.join(domains) or 'none'}.")
+        data = data | {"images": [entry for entry in entries if entry.get("domain") == domain]}
+    yield from _coco_layout(images, path, data, keep=("domain", "open_images_id"))
+
+
+def img2dataset_source(folder: str | Path) -> Iterator[Sample]:
+    """Samples of img2dataset's shards (image, txt and json with `status`), to be packed again.
+
+    The rest of a shard that breaks off is lost, with a warning that names it.
+    """
+    folder = _existing_folder(folder)
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no .tar files.")
+    for shard in shards:
+        files: dict[str, bytes] = {}
+        current, count = None, 0
+        try:
+            with tarfile.open(shard, mode="r:") as tar:
+                for entry in tar:
+                    stem, _, extension = entry.name.partition(".")
+                    if not entry.isfile() or f".{extension.lower()}" not in (
+                        *IMAGE_SUFFIXES,
+                        ".json",
+                        ".txt",
+                    ):
+                        continue
+                    data = tar.extractfile(entry).read()
+                    if stem != current and current is not None:
+                        yield _img2dataset_sample(current, files)
+                        files, count = {}, count + 1
+                    current = stem
+                    files[extension.lower()] = data
+        except (tarfile.TarError, OSError, EOFError) as error:
+            log.warning("%s breaks off after %d samples (%s); the rest of it is left out.", shard, count, error)
+        if current is not None:
+            yield _img2dataset_sample(current, files)
+
+
+def _img2dataset_sample(key: str, files: dict[str, bytes]) -> Sample:
+    try:
+        record = json.loads(files.get("json", b"{}"))
+    except ValueError:
+        record = {}
+    record = record if isinstance(record, dict) else {}
+    captions = _as_list(record.get("captions") or record.get("caption"))
+    captions = captions or files.get("txt", b"").decode("utf-8", "replace").splitlines()
+    image = next((data for extension, data in files.items() if f".{extension}" in IMAGE_SUFFIXES), b"")
+    if record.get("status", "success") != "success":
+        image = b""
+    for name in ("caption", "captions", "status", "error_message", "exif", "key"):
+        record.pop(name, None)
+    return Sample(key, image, captions, _present(record))
+
+
+def _karpathy(images: Path, path: Path, entries: list[dict], split: str | None) -> Iterator[Sample]:
+    if split is not None:
+        splits = {str(entry.get("split")) for entry in entries}
+        wanted = set(split.split("+"))
+        if missing := sorted(wanted - splits):
+            raise ValueError(f"{path} has no split {', '.join(missing)}; it has {', '.join(sorted(splits))}.")
+        entries = [entry for entry in entries if entry.get("split") in wanted]
+    for entry in entries:
+        name = entry.get("filename")
+        if not name:
+            raise ValueError(f"{path}: an image has no filename; expected Karpathy's layout.")
+        # The same file serves images in train2014/ and val2014/ and images in one folder.
+        nested = images / entry.get("filepath", "") / name
+        extra = {"image_id": entry.get("cocoid", entry.get("imgid")), "split": entry.get("split")}
+        captions = [sentence.get("raw", "") for sentence in entry.get("sentences", [])]
+        yield Sample(Path(name).stem, nested if nested.is_file() else images / name, captions, _present(extra))
+
+
+def _coco_layout(images: Path, path: Path, data: dict, keep: tuple[str, ...] = ()) -> Iterator[Sample]:
+    captions: dict = {}
+    for annotation in data.get("annotations") or []:
+        if "caption" in annotation:
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    if not captions:
+        raise ValueError(f"{path} holds no captions; use a captions file (captions_*.json), not instances.")
+    for entry in data["images"]:
+        if not entry.get("file_name"):
+            raise ValueError(f"{path}: image {entry.get('id')} has no file_name.")
+        extra = {"image_id": entry.get("id")} | {name: entry.get(name) for name in keep}
+        name = entry["file_name"]
+        yield Sample(Path(name).stem, images / name, captions.get(entry.get("id"), []), _present(extra))
+
+
+def _read_captions(path: Path) -> dict[str, tuple[list[str], dict]]:
+    """Captions and further fields of each file a captions file names."""
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        return _read_table(path, _TABLES[suffix])
+    if suffix == ".jsonl":
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        entries = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    elif suffix == ".json":
+        entries = _load_json(path)
+    else:
+        raise ValueError(f"{path}: captions come as .json, .jsonl, .csv or .tsv.")
+    if isinstance(entries, dict):
+        return {name: (_as_list(captions), {}) for name, captions in entries.items()}
+    listed: dict[str, tuple[list[str], dict]] = {}
+    for n, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        file = _first(entry, _FILE_FIELDS) if isinstance(entry, dict) else None
+        if file is None:
+            raise ValueError(f"{path}, entry {n}: expected an object with one of {', '.join(_FILE_FIELDS)}.")
+        extra = {k: v for k, v in entry.items() if k not in (file, *_CAPTION_FIELDS)}
+        caption = _first(entry, _CAPTION_FIELDS)
+        known, _ = listed.setdefault(entry[file], ([], extra))
+        known += _as_list(entry[caption]) if caption else []
+    return listed
+
+
+def _read_table(path: Path, delimiter: str) -> dict[str, tuple[list[str], dict]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    header = [cell.strip().lower() for cell in rows[0]] if rows else []
+    file_field, caption_field = _first(header, _FILE_FIELDS), _first(header, _CAPTION_FIELDS)
+    if file_field is None or caption_field is None:
+        raise ValueError(
+            f"{path}: the first row must name a column of files ({', '.join(_FILE_FIELDS)}) and one of "
+            f"captions ({', '.join(_CAPTION_FIELDS)}); it is {', '.join(header) or 'empty'}."
+        )
+    file, caption = header.index(file_field), header.index(caption_field)
+    listed: dict[str, tuple[list[str], dict]] = {}
+    for n, row in enumerate(rows[1:], 2):
+        if len(row) <= max(file, caption):
+            raise ValueError(f"{path}, row {n}: {len(row)} columns, the header has {len(header)}.")
+        listed.setdefault(row[file], ([], {}))[0].append(row[caption])
+    return listed
+
+
+def _first(present, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in present), None)
+
+
+def _present(extra: dict) -> dict:
+    return {name: value for name, value in extra.items() if value is not None}
+
+
+def _as_list(captions) -> list[str]:
+    captions = [captions] if isinstance(captions, str) else captions
+    return [c for c in captions if isinstance(c, str)] if isinstance(captions, list) else []
+
+
+def _parse(text: str, where: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not json ({error}).") from None
+
+
+def _load_json(path: Path):
+    return _parse(path.read_text(encoding="utf-8-sig"), str(path))
+
+
+def _existing_folder(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"{path} is not a folder.")
+    return Path(path)
+
+
+def _existing_file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; name the file of captions.")
+    return Path(path)
