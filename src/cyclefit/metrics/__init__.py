@@ -1,0 +1,1 @@
+"""Caption, image, round-trip and retrieval metrics, and the intervals they are reported with."""

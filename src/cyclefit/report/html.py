@@ -1,0 +1,700 @@
+"""The page of the report: one file, no request, every text from the evaluation escaped."""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cyclefit.report.figures import (
+    THEME,
+    color,
+    comparison,
+    metric_names,
+    rank_curves,
+    render,
+    scale,
+    score_bins,
+    score_boxes,
+)
+
+SELECTIONS = {
+    "single": "the first caption the decoding gives; nothing is chosen.",
+    "image cycle": "an image is regenerated from every candidate; the caption whose image is most similar to "
+    "the source is kept (the paper's reranking).",
+    "denoising": "the caption under which the generator denoises the source image best is kept; no image is made.",
+    "contrastive": "as denoising, minus the error on other images: the caption that tells the generator most "
+    "about this image and least about others is kept.",
+    "image-text": "the control without a generator: the caption most similar to the image under the scorer is kept.",
+    "oracle": "the candidate with the best metric against the references; no method can pass this bound.",
+}
+METRICS = {
+    "CIDEr": "agreement with the references in words that are rare elsewhere.",
+    "CIDEr-D": "CIDEr with clipped counts and a penalty on length, as coco-caption computes it.",
+    "BLEU-4": "precision of word groups of up to four words.",
+    "ROUGE-L": "longest common subsequence with a reference.",
+    "words": "mean length of a caption; neither more nor fewer is better.",
+    "image similarity": "cosine similarity of the source image and the one regenerated from the caption.",
+}
+NO_DIRECTION = {"words", "length"}
+LOWER_IS_BETTER = {"FID", "KID"}
+NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+SHOWN_IMAGES = 24
+SHOWN_CANDIDATES = 12
+IMAGE_BUDGET = 3_200_000
+# (longest side of a thumbnail in pixels, WebP quality), largest first; sources get twice the side, images up
+# to SMALL are kept exactly.
+THUMBNAILS = ((224, 80), (160, 74), (112, 68))
+SMALL = 64
+
+
+def page(
+    folder: Path,
+    results: dict,
+    candidates: dict[str, list[dict]],
+    references: dict[str, dict],
+    title: str | None,
+) -> str:
+    """The whole page, its figures drawn into `folder`/figures on the way."""
+    here = Path(__file__).parent
+    splits = results["splits"]
+    budget = IMAGE_BUDGET // max(1, sum(bool(rows) for rows in candidates.values()))
+    sections, contents = [], []
+    for split in splits:
+        section, links = _split(folder, split, results, candidates[split], references[split], budget)
+        sections.append(section)
+        contents.append(f"<div><span>{escape(split)}</span>{links}</div>")
+    sections.append(_setup(results))
+    contents.append('<div><span></span><a href="#setup">Setup and terms</a></div>')
+    script = (here / "report.js").read_text(encoding="utf-8")
+    fields = {
+        "title": escape(title or str(results.get("title") or "Evaluation")),
+        "byline": _byline(results),
+        "verdict": _verdict(results.get("verdict")),
+        "headline": _headline(results),
+        "contents": "\n".join(contents),
+        "sections": "\n".join(sections),
+        "style": (here / "report.css").read_text(encoding="utf-8"),
+        "script": script,
+        # The policy admits this one script, so that nothing from a caption could ever run.
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
+    template = (here / "template.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
+
+
+# ---- numbers and words
+
+
+def _number(value: float | None, metric: str = "", places: int | None = None) -> str:
+    if value is None or not math.isfinite(value):
+        return NONE
+    value *= scale(metric)
+    if places is None:
+        places = _places(metric, value)
+    return f"{value:.{places}f}".replace("-", MINUS)
+
+
+def _places(metric: str, value: float) -> int:
+    return 1 if scale(metric) == 100 or metric in NO_DIRECTION or abs(value) >= 10 else 3
+
+
+def _bounds(entry: dict, metric: str) -> tuple[str, str] | None:
+    """Both ends of the interval; no decimals where it is wider than ten units."""
+    low, high = entry.get("low"), entry.get("high")
+    if low is None or high is None:
+        return None
+    places = 0 if (high - low) * scale(metric) >= 10 else _places(metric, high)
+    return _number(low, metric, places), _number(high, metric, places)
+
+
+def _count(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return NONE
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
+
+
+def _plural(count: float, noun: str) -> str:
+    return f"{_count(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def _row_name(row: dict) -> str:
+    return " · ".join(filter(None, (row["model"], row["decoding"], row["selection"])))
+
+
+def reading(difference: dict) -> str:
+    """One difference in plain words, unescaped: `cycle beats plain by 41 CIDEr, 95% interval 33 to 50`."""
+    metric, value = difference["metric"], difference["value"]
+    (a, *details), (b, *others) = difference["a"].split(" · "), difference["b"].split(" · ")
+    if details == others:
+        under = f" ({', '.join(details)})" if details else ""
+    else:
+        a, b, under = difference["a"], difference["b"], ""
+    if value is None:
+        return f"{a} and {b} could not be compared in {metric}{under}."
+    bounds = _bounds(difference, metric)
+    if bounds is not None and difference["low"] <= 0 <= difference["high"]:
+        low, high = bounds
+        return f"No clear difference in {metric} between {a} and {b}: 95% interval {low} to {high}{under}."
+    if bounds is None:
+        interval, size = "no interval was computed", _number(abs(value), metric)
+    else:
+        flipped = {"low": -difference["high"], "high": -difference["low"]} if value < 0 else difference
+        interval = "95% interval {} to {}".format(*_bounds(flipped, metric))
+        wide = (difference["high"] - difference["low"]) * scale(metric) >= 10
+        size = _number(abs(value), metric, 0 if wide else None)
+    if metric in NO_DIRECTION:
+        return f"{a} has {size} {'more' if value > 0 else 'fewer'} {metric} than {b}, {interval}{under}."
+    if (value > 0) != (metric in LOWER_IS_BETTER):
+        verb = "beats"
+    else:
+        verb = "falls behind"
+    if value == 0:
+        return f"{a} equals {b} in {metric}, {interval}{under}."
+    noun = "" if metric[:1].isupper() else " in"
+    return f"{a} {verb} {b} by {size}{noun} {metric}, {interval}{under}."
+
+
+# ---- top of the page
+
+
+def _byline(results: dict) -> str:
+    metadata = results["metadata"]
+    parts = [results.get("created"), metadata.get("machine"), metadata.get("scorer")]
+    return " · ".join(escape(str(part)) for part in parts if part)
+
+
+def _verdict(verdict: dict | None) -> str:
+    if not verdict:
+        return ""
+    kind, word = {True: ("better", "Better"), False: ("worse", "Not better")}.get(
+        verdict.get("better"), ("", "Undecided")
+    )
+    return f'<p class="verdict {kind}"><strong>{word}</strong>{escape(verdict["sentence"])}</p>'
+
+
+def _headline(results: dict) -> str:
+    """Three lines: what was compared, what came out, what it cost."""
+    models = ", ".join(
+        f"<b>{escape(name)}</b>" + (f" ({escape(str(model['description']))})" if model.get("description") else "")
+        for name, model in results["models"].items()
+    )
+    sizes = [
+        (f"{_plural(content['num_images'], 'image')} of " if content.get("num_images") else "")
+        + f"<i>{escape(split)}</i>"
+        for split, content in results["splits"].items()
+    ]
+    lines = [("Compared", f"{models or 'models'}, on {' and '.join(sizes)}.")]
+    outcomes = [
+        (f"On <i>{escape(split)}</i>: " if len(results["splits"]) > 1 else "") + outcome
+        for split, content in results["splits"].items()
+        if (outcome := _outcome(content))
+    ]
+    if outcomes:
+        lines.append(("Came out", " ".join(outcomes[:3])))
+    cost = _cost(results)
+    if cost:
+        lines.append(("Cost", cost))
+    return "\n".join(f"<li><b>{name}</b><span>{text}</span></li>" for name, text in lines)
+
+
+def _outcome(content: dict) -> str:
+    if content["differences"]:
+        return escape(reading(content["differences"][0]))
+    metrics = metric_names(content["rows"])
+    rows = [
+        row for row in content["rows"]
+        if row["selection"] != "oracle" and row["metrics"].get(metrics[0], {}).get("value") is not None
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    best = (min if metrics[0] in LOWER_IS_BETTER else max)(rows, key=lambda row: row["metrics"][metrics[0]]["value"])
+    entry = best["metrics"][metrics[0]]
+    bounds = _bounds(entry, metrics[0])
+    interval = f", 95% interval {bounds[0]} to {bounds[1]}" if bounds else ""
+    value = _number(entry["value"], metrics[0])
+    return escape(f"the best {metrics[0]} is {value}, by {_row_name(best)}{interval}.")
+
+
+def _cost(results: dict) -> str:
+    rows = [row for content in results["splits"].values() for row in content["rows"]]
+
+    def calls(row: dict) -> str:
+        parts = [_plural(row[f"{name}_calls"], f"{name} call") for name in ("generator", "denoiser")
+                 if row.get(f"{name}_calls")]  # fmt: skip
+        return " and ".join(parts) or "no generator call"
+
+    def seconds(row: dict) -> str:
+        return f", {_count(row['seconds'])} s" if row.get("seconds") is not None else ""
+
+    sentences = []
+    cycles = [row for row in rows if row["selection"] == "image cycle" and row.get("generator_calls")]
+    singles = [row for row in rows if row["selection"] == "single" and row.get("generator_calls") is not None]
+    if cycles:
+        sentences.append(f"a caption kept by image cycle takes {calls(cycles[0])}{seconds(cycles[0])} per image")
+    if singles:
+        sentences.append(f"a single one takes {calls(singles[0])}{seconds(singles[0])}")
+    trained = [(name, model) for name, model in results["models"].items() if model.get("train_seconds")]
+    if trained:
+        runs = ", ".join(
+            f"{escape(name)} {_count(model['train_seconds'])} s"
+            + (f" for {_plural(model['steps'], 'step')}" if model.get("steps") else "")
+            for name, model in trained
+        )
+        sentences.append(f"finetuning took {runs}")
+    text = "; ".join(sentences)
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def _setup(results: dict) -> str:
+    metadata = dict(results["metadata"])
+    commands = metadata.pop("commands", None) or []
+    shown = {name.replace("_", " "): escape(str(value)) for name, value in metadata.items() if value is not None}
+    if commands:
+        lines = [commands] if isinstance(commands, str) else commands
+        shown["commands"] = f"<pre>{escape(chr(10).join(map(str, lines)))}</pre>"
+    rows = []
+    for name, model in results["models"].items():
+        facts = [str(model["description"])] if model.get("description") else []
+        for key, value in model.items():
+            if key in ("description", "color_index") or value is None:
+                continue
+            facts.append(f"{key.replace('_', ' ')} {_count(value) if isinstance(value, float) else value}")
+        rows.append((f"{_dot(model)}{escape(name)}", escape("; ".join(facts))))
+    present = {row["selection"] for content in results["splits"].values() for row in content["rows"]}
+    metrics = metric_names([row for content in results["splits"].values() for row in content["rows"]])
+    parts = ['<section id="setup"><h2>Setup and terms</h2>']
+    for heading, entries in (
+        ("Models", rows),
+        ("Selections", [(name, text) for name, text in SELECTIONS.items() if name in present]),
+        ("Metrics", [(name, METRICS[name]) for name in metrics if name in METRICS]),
+        ("Evaluation", [(escape(name), value) for name, value in shown.items()]),
+    ):
+        if entries:
+            items = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in entries)
+            parts.append(f"<h3>{heading}</h3><dl>{items}</dl>")
+    return "\n".join([*parts, "</section>"])
+
+
+# ---- one split
+
+
+def _split(
+    folder: Path, split: str, results: dict, candidates: list[dict], references: dict, budget: int
+) -> tuple[str, str]:
+    content, models = results["splits"][split], results["models"]
+    size = content.get("num_images")
+    small = f" <small>{_plural(size, 'image')}</small>" if size else ""
+    blocks = {
+        "Results": _main_table(content["rows"], models, split),
+        "Differences": _differences(content["differences"]),
+        "Comparison": _comparison(folder, split, content["rows"], models),
+        "Reconstruction rank": _rank_curves(folder, split, content, models),
+        "Score and quality": _score_boxes(folder, split, candidates, models),
+        "Gallery": _gallery(folder, split, candidates, references, models, budget),
+    }
+    blocks = {name: block for name, block in blocks.items() if block}
+    parts = [f'<section id="{escape(split)}"><h2>{escape(split)}{small}</h2>']
+    links = []
+    for name, block in blocks.items():
+        anchor = f"{escape(split)}-{name.lower().replace(' ', '-')}"
+        parts.append(f'<h3 id="{anchor}">{name}</h3>\n{block}')
+        links.append(f'<a href="#{anchor}">{name}</a>')
+    return "\n".join([*parts, "</section>"]), "".join(links)
+
+
+def _dot(model: dict) -> str:
+    return f'<i class="dot" style="background:{THEME.get(color(model), color(model))}"></i>'
+
+
+def _table(headers: list[tuple[str, bool]], rows: list[str], kind: str = "wide") -> str:
+    head = "".join(
+        f'<th scope="col"{" class=number" if numeric else ""}><button type="button">{escape(name)}</button></th>'
+        for name, numeric in headers
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table class="sortable {kind}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
+    )
+
+
+def _cell(value: float | None, text: str) -> str:
+    key = "" if value is None or not math.isfinite(value) else repr(value)
+    return f'<td class="number" data-v="{key}">{text}</td>'
+
+
+def _main_table(rows: list[dict], models: dict[str, dict], split: str) -> str:
+    if not rows:
+        return ""
+    metrics = metric_names(rows)
+    costs = [
+        (name, header)
+        for name, header in (
+            ("generator_calls", "generator calls"),
+            ("denoiser_calls", "denoiser calls"),
+            ("seconds", "seconds"),
+        )
+        if any(row.get(name) is not None for row in rows)
+    ]
+    order = list(models)
+    rows = sorted(rows, key=lambda row: order.index(row["model"]))
+    best = {}
+    for metric in metrics:
+        values = [
+            row["metrics"][metric]["value"]
+            for row in rows
+            if row["selection"] != "oracle" and row["metrics"].get(metric, {}).get("value") is not None
+        ]
+        if values and metric not in NO_DIRECTION:
+            best[metric] = (min if metric in LOWER_IS_BETTER else max)(values)
+    lines, previous = [], None
+    for row in rows:
+        classes = ["first"] * (row["model"] != previous) + ["bound"] * (row["selection"] == "oracle")
+        previous = row["model"]
+        cells = [f'<td class="name">{_dot(models[row["model"]])}{escape(row["model"])}</td>']
+        cells += [f'<td class="name">{escape(row[name])}</td>' for name in ("decoding", "selection")]
+        for metric in metrics:
+            entry = row["metrics"].get(metric, {"value": None})
+            text = _number(entry["value"], metric)
+            if entry["value"] is not None and entry["value"] == best.get(metric) and row["selection"] != "oracle":
+                text = f"<b>{text}</b>"
+            bounds = _bounds(entry, metric)
+            text += f"<small>[{bounds[0]}, {bounds[1]}]</small>" if bounds else ""
+            cells.append(_cell(entry["value"], text))
+        cells += [_cell(row.get(name), _count(row.get(name))) for name, _ in costs]
+        lines.append(f'<tr class="{" ".join(classes)}">{"".join(cells)}</tr>')
+    headers = [("model", False), ("decoding", False), ("selection", False)]
+    headers += [(metric, True) for metric in metrics] + [(header, True) for _, header in costs]
+    scaled = [metric for metric in metrics if scale(metric) == 100]
+    how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
+    how += ", oracle rows (italic) aside, which choose with the references in hand. "
+    how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
+    how += "Calls and seconds are per image. " if costs else ""
+    how += "A click on a header sorts."
+    return f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>' + _table(
+        headers, lines
+    )
+
+
+def _differences(differences: list[dict]) -> str:
+    if not differences:
+        return ""
+    relative = any(entry.get("relative") is not None for entry in differences)
+    p = any(entry.get("p") is not None for entry in differences)
+    lines = []
+    for entry in differences:
+        metric, value = entry["metric"], entry["value"]
+        bounds = _bounds(entry, metric)
+        text = ("+" if value is not None and value > 0 else "") + _number(value, metric)
+        text += f"<small>[{bounds[0]}, {bounds[1]}]</small>" if bounds else ""
+        cells = [f'<td class="name">{escape(entry[name])}</td>' for name in ("metric", "a", "b")]
+        cells.append(_cell(None if value is None else value * scale(metric), text))
+        if relative:
+            ratio = entry.get("relative")
+            percent = NONE if ratio is None else f"{100 * ratio:+.1f}%".replace("-", MINUS)
+            cells.append(_cell(ratio, percent))
+        if p:
+            chance = entry.get("p")
+            shown = NONE if chance is None else "< 0.001" if chance < 0.001 else f"{chance:.3f}"
+            cells.append(_cell(chance, escape(shown)))
+        lines.append(f'<tr>{"".join(cells)}<td class="reading">{escape(reading(entry))}</td></tr>')
+    headers = [("metric", False), ("a", False), ("b", False), (f"a {MINUS} b", True)]
+    headers += [("relative", True)] * relative + [("p", True)] * p + [("in words", False)]
+    return (
+        '<p class="how">How to read this: both models are compared on the same images (paired); where the '
+        "95% interval includes 0, the data do not tell them apart.</p>" + _table(headers, lines)
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w-]+", "-", text).strip("-") or "x"
+
+
+def _panels(how: str, figures: list[str]) -> str:
+    if not figures:
+        return ""
+    items = "".join(f"<figure>{figure}</figure>" for figure in figures)
+    return f'<p class="how">How to read this: {how}</p><div class="panels">{items}</div>'
+
+
+def _comparison(folder: Path, split: str, rows: list[dict], models: dict[str, dict]) -> str:
+    figures = []
+    for metric in metric_names(rows):
+        if any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
+            stem = folder / "figures" / f"{split}-comparison-{_slug(metric)}"
+            figures.append(render(stem, f"{metric} of every row, {split}", comparison, rows, metric, models))
+    return _panels(
+        "one dot per row of the table with its 95% interval; colours and markers are models; the oracle is hollow.",
+        figures,
+    )
+
+
+def _rank_curves(folder: Path, split: str, content: dict, models: dict[str, dict]) -> str:
+    figures = []
+    kinds = dict.fromkeys((curve["metric"], curve["selection"]) for curve in content["rank_curves"])
+    for metric, selection in kinds:
+        curves = [c for c in content["rank_curves"] if (c["metric"], c["selection"]) == (metric, selection)]
+        if any(entry["value"] is not None for curve in curves for entry in curve["values"]):
+            stem = folder / "figures" / f"{split}-rank-{_slug(metric)}-{_slug(selection)}"
+            label = f"{metric} against the rank by {selection}, {split}"
+            figures.append(render(stem, label, rank_curves, curves, content["rows"], metric, selection, models))
+    return _panels(
+        "each image's candidates are ranked by the score, rank 1 is the caption that is kept; a line that "
+        "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
+        "sample without choice.",
+        figures,
+    )
+
+
+def _primary(candidates: list[dict], field: str, first: str) -> str | None:
+    names = list(dict.fromkeys(name for row in candidates for name in row[field]))
+    return first if first in names else names[0] if names else None
+
+
+def _score_boxes(folder: Path, split: str, candidates: list[dict], models: dict[str, dict]) -> str:
+    score, metric = _primary(candidates, "scores", "image cycle"), _primary(candidates, "metrics", "CIDEr")
+    if score is None or metric is None:
+        return ""
+    bins = {}
+    for name in models:
+        rows = [
+            (row["scores"][score], row["metrics"][metric])
+            for row in candidates
+            if row["model"] == name and score in row["scores"] and metric in row["metrics"]
+        ]
+        if len(rows) >= 20:
+            bins[name] = score_bins(*np.array(rows, dtype=float).T)
+    if not bins:
+        return ""
+    top = max(float(np.percentile(values, 95)) for model in bins.values() for _, values in model) * 1.05 or 1.0
+    figures = [
+        render(
+            folder / "figures" / f"{split}-score-{_slug(metric)}-{_slug(score)}-{_slug(name)}",
+            f"{metric} in bins of {score} for {name}, {split}",
+            *(score_boxes, groups, score, metric, name, models[name], top),
+        )
+        for name, groups in bins.items()
+    ]
+    return _panels(
+        f"all candidates of a model in bins of equal count along the score ({escape(score)}; the axis names "
+        "each bin's mean score). Boxes hold the middle half of the candidates, whiskers reach from the 5th "
+        "to the 95th percentile, the line joins the means.",
+        figures,
+    )
+
+
+# ---- gallery
+
+
+def _outcomes(rows: list[dict], metric: str, score: str | None) -> dict[str, float]:
+    """Per model the metric of its greedy caption, or of the one the score keeps, or of its first."""
+    outcome: dict[str, tuple] = {}
+    for row in rows:
+        if metric not in row["metrics"]:
+            continue
+        preference = (row["decoding"] == "greedy", row["scores"].get(score, -math.inf))
+        if row["model"] not in outcome or preference > outcome[row["model"]][0]:
+            outcome[row["model"]] = (preference, row["metrics"][metric])
+    return {model: value for model, (_, value) in outcome.items()}
+
+
+def _choose(values: dict[str, dict[str, float]], most: int) -> list[str]:
+    """Keys taken in turn from the best, the worst and those on which the models differ most."""
+    mean = {key: sum(v.values()) / len(v) if v else -math.inf for key, v in values.items()}
+    change = {key: max(v.values()) - min(v.values()) if len(v) > 1 else 0.0 for key, v in values.items()}
+    orders = [sorted(values, key=lambda k: -mean[k]), sorted(values, key=lambda k: mean[k])]
+    if any(change.values()):
+        orders.append(sorted(values, key=lambda k: -change[k]))
+    chosen: dict[str, None] = {}
+    for turn in range(min(most, len(values)) * len(orders)):
+        if len(chosen) == min(most, len(values)):
+            break
+        order = orders[turn % len(orders)]
+        chosen[next(key for key in order if key not in chosen)] = None
+    return list(chosen)
+
+
+class _Images:
+    """Thumbnails as data URIs, one encoding per file; counts what could not be read."""
+
+    def __init__(self, folder: Path, side: int, quality: int):
+        self.folder, self.side, self.quality = folder.resolve(), side, quality
+        self.encoded: dict[Path, tuple[str, bool] | None] = {}
+        self.unreadable: set[str] = set()
+
+    @property
+    def size(self) -> int:
+        return sum(len(image[0]) for image in self.encoded.values() if image)
+
+    def element(self, name: str | None, text: str, factor: int = 1) -> str:
+        image = self._encode(name, factor * self.side) if name else None
+        if image is None:
+            return ""
+        uri, small = image
+        kind = ' class="pixels"' if small else ""
+        return f'<img{kind} src="{uri}" alt="{escape(text)}" tabindex="0" loading="lazy">'
+
+    def _encode(self, name: str, side: int) -> tuple[str, bool] | None:
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder):
+            raise ValueError(f"The image {name!r} lies outside {self.folder}; paths are relative to that folder.")
+        if path not in self.encoded:
+            self.encoded[path] = None
+            if path.is_file():
+                try:
+                    self.encoded[path] = self._thumbnail(path, side)
+                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                    self.unreadable.add(name)
+        return self.encoded[path]
+
+    def _thumbnail(self, path: Path, side: int) -> tuple[str, bool]:
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+        small = max(rgb.size) <= SMALL
+        if not small:
+            rgb.thumbnail((side, side), Image.Resampling.LANCZOS)
+        rgb.save(buffer, "WEBP", lossless=small, quality=self.quality)
+        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small
+
+
+def _gallery(
+    folder: Path, split: str, candidates: list[dict], references: dict, models: dict[str, dict], budget: int
+) -> str:
+    if not candidates:
+        return ""
+    score, metric = _primary(candidates, "scores", "image cycle"), _primary(candidates, "metrics", "CIDEr")
+    by_key: dict[str, list[dict]] = {}
+    for row in candidates:
+        by_key.setdefault(row["key"], []).append(row)
+    values = {key: _outcomes(rows, metric, score) for key, rows in by_key.items()}
+    keys = _choose(values, SHOWN_IMAGES)
+    # Smaller thumbnails before fewer images; what the smallest cannot fit is left out.
+    for side, quality in THUMBNAILS:
+        images, cards = _Images(folder, side, quality), []
+        for key in keys:
+            card = _card(key, split, by_key[key], references.get(key, []), models, images, score, metric)
+            if images.size > budget and cards:
+                break
+            cards.append(card)
+        if len(cards) == len(keys):
+            break
+    metrics = list(dict.fromkeys(name for row in candidates for name in row["metrics"]))
+    scores = list(dict.fromkeys(name for row in candidates for name in row["scores"]))
+    present = [name for name in models if any(row["model"] == name for row in candidates)]
+    shows = {
+        "all": "all, best first",
+        "best": "best third",
+        "worst": "worst third",
+        "change": "biggest change",
+    }
+    controls = [
+        _select("show", "show", shows),
+        _select("metric", "by", {name: name for name in ([metric, *metrics] if metric else [""])}, scaled=True),
+        _select("model", "model", {"": "all models", **{name: name for name in present}}),
+        _select("score", "candidates by", {name: name for name in ([score, *scores] if score else [""])}),
+    ]
+    note = f"{len(cards)} of {len(by_key)} images"
+    if len(cards) < len(by_key):
+        note += (
+            f", chosen in turn from the best, the worst and those on which the models differ most in {metric}"
+            if metric
+            else ", the first ones"
+        )
+    note += ". An image counts with its greedy caption if there is one, else with the one the score keeps."
+    if any(len(group) > SHOWN_CANDIDATES for rows in by_key.values() for group in _by_model(rows).values()):
+        note += f" Of more than {SHOWN_CANDIDATES} candidates, {SHOWN_CANDIDATES} evenly spread ranks are shown."
+    if images.unreadable:
+        note += f" {_plural(len(images.unreadable), 'image')} could not be read: {sorted(images.unreadable)[0]}."
+    how = (
+        "How to read this: left the source and its references; right each model's captions, the greedy "
+        "one first, then the candidates from the best score to the worst, each with the image regenerated "
+        "from it. A click enlarges an image."
+    )
+    return (
+        f'<p class="how">{how}</p><p class="note">{escape(note)}</p><div class="gallery">'
+        f'<form class="controls" hidden>{"".join(controls)}<output></output></form>\n'
+        f"{chr(10).join(cards)}</div>"
+    )
+
+
+def _select(name: str, label: str, options: dict[str, str], scaled: bool = False) -> str:
+    items = "".join(
+        f'<option value="{escape(value)}"'
+        + (f' data-scale="{scale(value)}"' if scaled else "")
+        + f">{escape(text or NONE)}</option>"
+        for value, text in options.items()
+    )
+    # A browser restores choices on reload but not the order they had made.
+    return f'<label>{label} <select name="{name}" autocomplete="off">{items}</select></label>'
+
+
+def _by_model(rows: list[dict]) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["model"], []).append(row)
+    return groups
+
+
+def _card(
+    key: str,
+    split: str,
+    rows: list[dict],
+    references: list[str],
+    models: dict[str, dict],
+    images: _Images,
+    score: str | None,
+    metric: str | None,
+) -> str:
+    groups, strips = _by_model(rows), []
+    for name, model in models.items():
+        if name not in groups:
+            continue
+        sampled = [row for row in groups[name] if row["decoding"] not in ("greedy", "beam")]
+        pinned = [row for row in groups[name] if row["decoding"] in ("greedy", "beam")]
+        sampled.sort(key=lambda row: -row["scores"].get(score, -math.inf))
+        ranks = range(len(sampled))
+        if len(sampled) > SHOWN_CANDIDATES:
+            ranks = np.linspace(0, len(sampled) - 1, SHOWN_CANDIDATES).round().astype(int)
+        items = [_candidate(row, images, score, metric, row["decoding"], "pinned") for row in pinned]
+        for i in ranks:
+            tag = "sample" if score not in sampled[i]["scores"] else "kept" if i == 0 else f"rank {i + 1}"
+            kind = "kept" if tag == "kept" else ""
+            items.append(_candidate(sampled[i], images, score, metric, tag, kind))
+        strips.append(
+            f'<div class="strip" data-model="{escape(name)}"><h5>{_dot(model)}{escape(name)}</h5>'
+            f'<ol tabindex="0">{"".join(items)}</ol></div>'
+        )
+    names = dict.fromkeys(name for row in rows for name in row["metrics"])
+    values = escape(json.dumps({name: _outcomes(rows, name, score) for name in names}))
+    source = images.element(f"images/{split}/source/{key}.png", f"source {key}", factor=2)
+    captions = "".join(f"<li>{escape(caption)}</li>" for caption in references)
+    return (
+        f'<article class="card" data-values="{values}"><div class="source">{source}<h4>{escape(key)}</h4>'
+        f"<ul>{captions}</ul></div><div>{''.join(strips)}</div></article>"
+    )
+
+
+def _candidate(row: dict, images: _Images, score: str | None, metric: str | None, tag: str, kind: str) -> str:
+    names = {"image cycle": "similarity"}
+    numbers = escape(json.dumps({"scores": row["scores"], "metrics": row["metrics"], "names": names}))
+    shown = [f"{names.get(score, score)} {_short(row['scores'][score])}"] if score in row["scores"] else []
+    if metric in row["metrics"]:
+        places = 0 if scale(metric) == 100 else 2
+        shown.append(f"{metric} {_number(row['metrics'][metric], metric, places)}")
+    return (
+        f'<li class="{kind}" data-numbers="{numbers}"><div class="tag">{escape(tag)}</div>'
+        f"{images.element(row.get('image'), row['caption'])}"
+        f'<div class="caption">{escape(row["caption"])}</div>'
+        f'<div class="values">{escape(chr(10).join(shown))}</div></li>'
+    )

@@ -1,0 +1,340 @@
+import json
+import random
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from pycocoevalcap.cider.cider import Cider
+
+from cyclefit.metrics.aggregation import CaptionMetrics
+from cyclefit.metrics.captions import (
+    CiderScorer,
+    DocumentFrequencies,
+    caption_metrics,
+    caption_scores,
+    describe,
+    document_frequencies,
+    tokenize,
+)
+from cyclefit.metrics.statistics import bootstrap_interval, paired_bootstrap, seed_interval
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "metric_references"
+PYCOCOEVALCAP = {f"BLEU-{n}": f"Bleu_{n}" for n in (1, 2, 3, 4)} | {
+    "ROUGE-L": "ROUGE_L",
+    "CIDEr-D": "CIDEr (pycocoevalcap)",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:CIDEr over")
+
+
+def load(name: str):
+    if not (DATA / name).is_file():
+        pytest.skip(f"{DATA / name} is not here: published reference scores are needed")
+    return json.loads((DATA / name).read_text())
+
+
+def random_captions(images: int, seed: int = 0) -> tuple[list[str], list[list[str]]]:
+    """Captions over few words, so that n-grams repeat within and between them; some are empty."""
+    choose = random.Random(seed)
+
+    def caption() -> str:
+        return " ".join(choose.choices("abcdefgh", weights=range(1, 9), k=choose.randint(0, 12)))
+
+    return [caption() for _ in range(images)], [[caption() for _ in range(choose.randint(1, 5))] for _ in range(images)]
+
+
+# What coco-caption's PTBTokenizer (Stanford CoreNLP 3.4.1, Java) returned for these.
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("Two men, one w/hat, play Wii.", "two men one w/hat play wii"),
+        ("the dog's ball isn't here; cannot won't!", "the dog 's ball is n't here can not wo n't"),
+        ("women's tennis - 2nd set (live)", "women 's tennis 2nd set -lrb- live -rrb-"),
+        ("black-and-white and/or t-shirt long--dash", "black-and-white and/or t-shirt long dash"),
+        ("Mr. Smith on St. James St. at 5 p.m. today.", "mr. smith on st. james st. at 5 p.m. today"),
+        (
+            "No. 5 of 1,000 costs $1.50, 50% off at 12:30pm",
+            "no. 5 of 1,000 costs $ 1.50 50 % off at 12:30 pm",
+        ),
+        ("the 1980's and '70s, 1/2 of it's o'clock", "the 1980 's and '70s 1/2 of it 's o'clock"),
+        ("a sign that reads 'wet floor' or \"STOP.\"", "a sign that reads wet floor or stop"),
+        ("ready to bat., a man.and street.The", "ready to bat. a man.and street.the"),
+        ("a \u201cfancy\u201d café \u2013 it\u2019s\u2026", "a fancy café it 's"),
+        ("hi!! what ? ok...", "hi !! what ok"),
+        (" \tdouble  spaces\n", "double spaces"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_tokenize(caption, tokens):
+    assert tokenize(caption) == tokens
+
+
+def test_tokenize_equals_java_on_coco():
+    items = load("fakecap_384_with_refs.json")["items"]
+    for item in items:
+        assert tokenize(item["candidate"]) == item["candidate_ptb"]
+        assert [tokenize(caption) for caption in item["references"]] == item["references_ptb"]
+
+
+def test_published_scores():
+    published = {"ROUGE-L": "ROUGE_L", "CIDEr-D": "CIDEr-D"} | {f"BLEU-{n}": f"BLEU_{n}" for n in (1, 2, 3, 4)}
+    compared = 0
+    for example in load("expected_triples.json"):
+        keys = list(example["references"])
+        pairs = [example["candidates"][k] for k in keys], [example["references"][k] for k in keys]
+        metrics, expected = caption_metrics(*pairs), example["expected"]
+        expected = expected | {"CIDEr-D": expected.get("CIDEr(pycocoevalcap, = CIDEr-D form)", expected.get("CIDEr-D"))}
+        for ours, theirs in published.items():
+            if theirs in expected:
+                assert metrics[ours] == pytest.approx(expected[theirs], abs=5.1e-5), (example["name"], ours)
+                compared += 1
+        if "CIDEr-D per item" in expected:
+            assert caption_scores(*pairs)["CIDEr-D"] == pytest.approx(expected["CIDEr-D per item"], abs=1e-4)
+    assert compared == 14
+
+
+def test_corpus_scores_of_java_tokens():
+    data = load("fakecap_384_with_refs.json")
+    items = data["items"]
+    metrics = caption_metrics([i["candidate"] for i in items], [i["references"] for i in items])
+    for ours, theirs in PYCOCOEVALCAP.items():
+        assert metrics[ours] == pytest.approx(data["scores"][theirs], abs=1e-12), ours
+
+
+def test_cider_d_equals_pycocoevalcap():
+    for seed in range(5):
+        candidates, references = random_captions(60, seed)
+        corpus, expected = Cider().compute_score(
+            dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
+        )
+        scores = caption_scores(candidates, references, tokenizer=str)["CIDEr-D"]
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
+        assert scores.std() > 0.1
+        assert caption_metrics(candidates, references, tokenizer=str)["CIDEr-D"] == pytest.approx(corpus, abs=1e-9)
+
+
+def test_plain_cider_by_hand():
+    # log2 idf: red 2, every other n-gram 4. "red cat sat" and "red cat ran" share (2, 4) of (2, 4, 4) and one
+    # of two bigrams: 10/4 (20/36 + 1/2).
+    frequencies = DocumentFrequencies({("red",): 4}, 16)
+    scorer = CiderScorer([["red cat ran"], ["cat dog"], ["red", "cat"]], document_frequencies=frequencies)
+    scores = scorer.score(["red cat sat", "cat cat", "cat", "cat"], [0, 1, 1, 2])
+    # "cat cat": (2, 0) . (1, 1) / (2 sqrt 2), clipped to half of it. "cat": 1 / sqrt 2, one word shorter.
+    # Against two references: the mean of 0 and 1 over both.
+    root = 2**-0.5
+    np.testing.assert_allclose(scores["CIDEr"], 2.5 * np.array([20 / 36 + 0.5, root, root, 0.5]))
+    penalty = np.exp(-1 / 72)
+    np.testing.assert_allclose(scores["CIDEr-D"], 2.5 * np.array([20 / 36 + 0.5, root / 2, root * penalty, 0.5]))
+
+
+def test_cider_of_a_reference_is_ten():
+    _, references = random_captions(30)
+    references = [[f"{captions[0]} some thing of four words {i}"] for i, captions in enumerate(references)]
+    scores = CiderScorer(references).score([captions[0] for captions in references])
+    np.testing.assert_allclose(scores["CIDEr"], 10)
+    np.testing.assert_allclose(scores["CIDEr-D"], 10)
+
+
+def test_many_candidates_per_image_are_cheap():
+    candidates, references = random_captions(200)
+    scorer = CiderScorer(references, tokenizer=str)
+    single = scorer.score(candidates)
+    indices = [i for i in range(200) for _ in range(10)]
+    start = time.process_time()
+    many = scorer.score([candidates[i] for i in indices], indices)
+    ours = time.process_time() - start
+    for name in single:
+        np.testing.assert_array_equal(many[name], single[name][indices])
+    start = time.process_time()
+    Cider().compute_score(
+        {n: references[i] for n, i in enumerate(indices)}, {n: [candidates[i]] for n, i in enumerate(indices)}
+    )
+    assert ours < (time.process_time() - start) / 3
+
+
+def test_document_frequencies_are_fixed_and_described():
+    candidates, references = random_captions(40)
+    frequencies = document_frequencies(references, name="all forty")
+    whole = caption_scores(candidates, references)
+    half = caption_scores(candidates[:7], references[:7], document_frequencies=frequencies)
+    np.testing.assert_allclose(half["CIDEr"], whole["CIDEr"][:7])
+    assert describe(frequencies)["document frequencies"] == "all forty, 40 images"
+    scorer = CiderScorer(references)
+    assert scorer.describe()["document frequencies"] == "this corpus, 40 images"
+    assert scorer.describe()["tokenizer"] == "cyclefit.metrics.captions.tokenize"
+    with pytest.raises(ValueError, match="name 2 images, but an n-gram may occur in 3"):
+        CiderScorer(references, document_frequencies=DocumentFrequencies({("a",): 3}, 2))
+
+
+@pytest.mark.filterwarnings("default:CIDEr over")
+def test_tiny_sets_warn():
+    frequencies = document_frequencies(random_captions(30)[1])
+    with pytest.warns(UserWarning, match="CIDEr over 1 images is unstable"):
+        assert CiderScorer([["a b"]]).score(["a b"])["CIDEr"] == [0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CiderScorer([["a b"]], document_frequencies=frequencies)
+        CiderScorer([["a b"]] * 20)
+
+
+def test_words_and_distinct():
+    metrics = caption_metrics(["a dog, a dog.", "the dog"], [["a dog"], ["the dog"]])
+    assert metrics["words"] == 3
+    assert metrics["distinct-1"] == 3 / 6
+    assert metrics["distinct-2"] == 3 / 4
+    assert caption_metrics([""], [["a dog"]])["distinct-1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("candidates", "references", "message"),
+    [
+        (["a", "b"], [["a"]], "2 candidates for 1 sets"),
+        (["a", "b"], [["a"], []], "References 1 are empty"),
+        (["a", "b"], [["a"], "b"], "References 1 are of type str"),
+        (["a", "b"], [["a"], ["b", None]], "References 1 hold a NoneType"),
+        (["a", ["b"]], [["a"], ["b"]], "Candidate 1 is of type list"),
+        ("a", [["a"]], "Candidates are one string"),
+        ([], [], "There are no references"),
+    ],
+)
+def test_bad_captions(candidates, references, message):
+    for function in (caption_scores, caption_metrics, CaptionMetrics().update):
+        with pytest.raises(ValueError, match=message):
+            function(candidates, references)
+
+
+def test_bad_indices():
+    scorer = CiderScorer([["a"]] * 3)
+    with pytest.raises(ValueError, match="Candidate 1 is for image 3 of only 3 images"):
+        scorer.score(["a", "a"], [2, 3])
+    with pytest.raises(ValueError, match="1 candidates for 3 sets"):
+        scorer.score(["a"])
+
+
+def test_functions_need_no_torch():
+    code = "import sys, cyclefit.metrics.captions, cyclefit.metrics.statistics; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_metric_accumulates_and_resets():
+    candidates, references = random_captions(30)
+    candidates[3] = "a line\nbreak, ünïcode and a \u2028 separator"
+    metric = CaptionMetrics()
+    for _ in range(2):
+        for start in range(0, 30, 7):
+            metric.update(candidates[start : start + 7], references[start : start + 7])
+        assert metric.compute() == caption_metrics(candidates, references)
+        metric.reset()
+    with pytest.raises(ValueError, match="no references"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric.compute()
+
+
+SHARES = [(0, 3, 40), (0, 40, 40), (0, 0, 40)]
+
+
+def aggregate(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    candidates, references = random_captions(40)
+    results = []
+    for bounds in SHARES:
+        metric = CaptionMetrics()
+        share = slice(bounds[rank], bounds[rank + 1])
+        for candidate, captions in zip(candidates[share], references[share], strict=True):
+            metric.update([candidate], [captions])
+        results.append(metric.compute())
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+def test_metric_aggregates_over_ranks(tmp_path):
+    torch.multiprocessing.spawn(aggregate, (str(tmp_path),), nprocs=2)
+    expected = caption_metrics(*random_captions(40))
+    for rank in (0, 1):
+        for result in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert result == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_interval_covers():
+    draw = np.random.default_rng(0)
+    covered = 0
+    for seed in range(300):
+        mean, low, high = bootstrap_interval(draw.exponential(size=80), n=300, seed=seed)
+        assert low < mean < high
+        covered += low <= 1 <= high
+    assert 0.89 < covered / 300 < 0.98
+
+
+def test_bootstrap_is_deterministic_and_scales():
+    values = np.random.default_rng(0).normal(3, 2, size=400)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+    mean, low, high = bootstrap_interval(values)
+    assert mean == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    _, lower, higher = bootstrap_interval(values, level=0.99)
+    assert lower < low and high < higher
+
+
+def test_bootstrap_does_not_depend_on_the_chunks(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    whole = bootstrap_interval(values, n=200), seed_interval(values.reshape(5, 10), n=200)[0]
+    monkeypatch.setattr("cyclefit.metrics.statistics.CHUNK", 333)
+    assert (bootstrap_interval(values, n=200), seed_interval(values.reshape(5, 10), n=200)[0]) == whole
+
+
+def test_paired_bootstrap_beats_unpaired():
+    draw = np.random.default_rng(0)
+    images = draw.normal(size=300)
+    a, b = images + 0.1 + draw.normal(0, 0.2, 300), images + draw.normal(0, 0.2, 300)
+    difference, low, high, p = paired_bootstrap(a, b)
+    assert difference == pytest.approx((a - b).mean())
+    assert 0 < low < difference < high and p < 0.01
+    widths = [high - low for _, low, high in (bootstrap_interval(a), bootstrap_interval(b))]
+    assert high - low < min(widths) / 2
+    assert paired_bootstrap(b, a)[3] == pytest.approx(p)
+    assert paired_bootstrap(a, a)[2:] == (0, 1)
+    assert paired_bootstrap(a + 9, b, n=99)[3] == 2 / 100
+
+
+def test_paired_p_is_uniform_without_a_difference():
+    draw = np.random.default_rng(0)
+    p = [paired_bootstrap(draw.normal(size=60), draw.normal(size=60), n=300)[3] for _ in range(300)]
+    assert 0.02 < np.mean(np.array(p) < 0.05) < 0.10
+    assert 0.4 < np.mean(p) < 0.6
+
+
+def test_seed_interval_covers_what_one_level_misses():
+    draw = np.random.default_rng(0)
+    covered = np.zeros(2)
+    for trial in range(200):
+        scores = draw.normal(0, 1, (10, 1)) + draw.normal(0, 2, (1, 60)) + draw.normal(0, 1, (10, 60))
+        _, low, high = seed_interval(scores, n=300, seed=trial)
+        _, low_images, high_images = bootstrap_interval(scores.mean(axis=0), n=300, seed=trial)
+        covered += low <= 0 <= high, low_images <= 0 <= high_images
+    both, images = covered / 200
+    assert 0.88 < both < 0.99
+    assert images < both - 0.05
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (bootstrap_interval, ([],), "Values must be"),
+        (bootstrap_interval, ([1.0, np.nan],), r"Values hold nan at index \(1,\)"),
+        (bootstrap_interval, ([1.0], 0), "at least 1 resample"),
+        (bootstrap_interval, ([1.0], 10, 0, 95), "95 does not"),
+        (paired_bootstrap, ([1.0], [1.0, 2.0]), "a has 1 values, b has 2"),
+        (seed_interval, ([1.0],), "must be \\(seeds, images\\)"),
+    ],
+)
+def test_bad_values(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)

@@ -1,0 +1,478 @@
+"""The report: what the numbers say is what the page says, and nothing but the page is needed to read it."""
+
+import csv
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from cyclefit.report import write_report
+from cyclefit.report.html import reading
+
+HOSTILE = '<script>alert("x")</script> & </article> $x$ {{title}} \u2028 "quoted"'
+MODELS = {
+    "base": {"description": "before finetuning", "color_index": 0},
+    "plain": {
+        "description": "finetuned with its own loss",
+        "steps": 100,
+        "train_seconds": 8.1,
+        "color_index": 1,
+    },
+    "cycle": {
+        "description": "finetuned with the cycle",
+        "steps": 100,
+        "train_seconds": 21.5,
+        "color_index": 2,
+    },
+}
+SELECTIONS = ("single", "image cycle", "denoising", "contrastive", "image-text", "oracle")
+
+
+def estimate(value: float, half: float, **more) -> dict:
+    return {"value": value, "low": value - half, "high": value + half, **more}
+
+
+def draw(path: Path, rng: np.random.Generator, side: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", (side, side), tuple(rng.integers(120, 256, 3)))
+    x, y = rng.integers(0, side // 2, 2)
+    box = (x, y, x + side // 3, y + side // 3)
+    getattr(ImageDraw.Draw(image), rng.choice(["ellipse", "rectangle"]))(box, tuple(rng.integers(0, 256, 3)))
+    image.save(path)
+
+
+def write_evaluation(
+    folder: Path,
+    images: int = 12,
+    samples: int = 4,
+    side: int = 32,
+    splits: tuple[str, ...] = ("test", "novel"),
+) -> dict:
+    """A folder as an evaluation writes it: invented numbers, drawn images, one hostile caption."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        "title": "Does the cycle help?",
+        "created": "2026-01-01 12:00",
+        "metadata": {
+            "scorer": "OpenClip(tiny)",
+            "tokenizer": "PTB",
+            "document_frequencies": "test references",
+            "seed": 0,
+            "num_candidates": samples,
+            "commands": ["python evaluate.py --config evaluate.yaml"],
+        },
+        "models": MODELS,
+        "verdict": {
+            "better": True,
+            "sentence": "The cycle beats plain finetuning by 41 CIDEr on new images.",
+        },
+        "splits": {},
+    }
+    for split in splits:
+        rows = []
+        for m, model in enumerate(MODELS):
+            for selection in ("greedy", *SELECTIONS):
+                decoding, chosen = ("greedy", "single") if selection == "greedy" else ("nucleus", selection)
+                value = 1.223 + 0.2 * m + 0.07 * SELECTIONS.index(chosen) - 0.013 * len(splits) * (split == "novel")
+                generated = samples if chosen == "image cycle" else 0
+                rows.append(
+                    {
+                        "model": model,
+                        "decoding": decoding,
+                        "selection": chosen,
+                        "metrics": {
+                            "CIDEr": estimate(value, 0.12),
+                            "CIDEr-D": estimate(value * 0.9, 0.11),
+                            "BLEU-4": estimate(value / 5, 0.011),
+                            "ROUGE-L": estimate(value / 3, 0.02),
+                            "words": estimate(8.0 + m, 0.2),
+                            "image similarity": estimate(0.7 + 0.03 * m, 0.01),
+                        },
+                        "generator_calls": generated,
+                        "denoiser_calls": 16 * generated,
+                        "seconds": 0.2 + generated,
+                    }
+                )
+        pair = {"a": "cycle · greedy", "b": "plain · greedy"}
+        results["splits"][split] = {
+            "num_images": images,
+            "rows": rows,
+            "differences": [
+                {
+                    "metric": "CIDEr",
+                    **pair,
+                    "value": 0.412,
+                    "low": 0.33,
+                    "high": 0.5,
+                    "p": 0.0004,
+                    "relative": 0.2,
+                },
+                {"metric": "BLEU-4", **pair, **estimate(0.002, 0.01), "p": 0.41, "relative": 0.01},
+                {"metric": "words", **pair, **estimate(-1.2, 0.2), "p": 0.001, "relative": -0.1},
+            ],
+            "rank_curves": [
+                {
+                    "model": model,
+                    "selection": selection,
+                    "metric": "CIDEr",
+                    "values": [
+                        estimate(1.5 + 0.2 * m - 0.5 * (rank - 1) / samples, 0.1, rank=rank)
+                        for rank in range(1, samples + 1)
+                    ],
+                }
+                for m, model in enumerate(MODELS)
+                for selection in ("image cycle", "contrastive")
+            ],
+        }
+        references, lines = {}, []
+        for i in range(images):
+            key = f"{i:06d}"
+            references[key] = [f"a red circle left of a blue square {i}", HOSTILE]
+            draw(folder / f"images/{split}/source/{key}.png", rng, side)
+            for model in MODELS:
+                for index in range(-1, samples):
+                    image = f"images/{split}/{model}/{key}-{index}.png"
+                    draw(folder / image, rng, side)
+                    similarity = float(rng.uniform(0.3, 1))
+                    row = {
+                        "key": key,
+                        "model": model,
+                        "decoding": "greedy" if index < 0 else "nucleus",
+                        "index": max(index, 0),
+                        "caption": HOSTILE if i == 0 else "a red circle left of a blue square",
+                        "scores": {
+                            "image cycle": similarity,
+                            "denoising": -similarity * rng.uniform(0.1, 0.3),
+                        },
+                        "metrics": {
+                            "CIDEr": float(2.5 * similarity * rng.uniform(0.2, 1)),
+                            "BLEU-4": float(rng.uniform(0, 1)),
+                        },
+                        "image": image,
+                    }
+                    lines.append(json.dumps(row))
+        (folder / f"candidates-{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        (folder / f"references-{split}.json").write_text(json.dumps(references), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(results), encoding="utf-8")
+    return results
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, the text of every table cell, and all text outside script and style."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self.within = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.within.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag == "small" and self.tables:
+            self.tables[-1][-1][-1] += " "
+        if tag in ("img", "meta", "br"):
+            self.within.pop()
+
+    def handle_endtag(self, tag):
+        while self.within and self.within.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.within):
+            self.text += data
+        if {"td", "th"} & set(self.within):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "evaluation"
+    results = write_evaluation(folder)
+    return folder, results, write_report(folder).read_text(encoding="utf-8")
+
+
+def test_page_requests_nothing(evaluation):
+    page = evaluation[2]
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+    for _, attributes in Elements(page).tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith(("data:", "#"))
+    assert "default-src 'none'" in page
+    assert len(page) < 5_000_000
+
+
+def test_every_text_is_escaped(evaluation):
+    page = evaluation[2]
+    elements = Elements(page)
+    assert [tag for tag, _ in elements.tags].count("script") == 1
+    assert 'alert("x")' not in page
+    assert HOSTILE in elements.text
+    assert not [name for _, attributes in elements.tags for name in attributes if name.startswith("on")]
+    numbers = [json.loads(a["data-numbers"]) for _, a in elements.tags if "data-numbers" in a]
+    assert numbers
+    assert all(set(n["scores"]) == {"image cycle", "denoising"} for n in numbers)
+
+
+def test_ids_are_unique_and_links_lead_somewhere(evaluation):
+    elements = Elements(evaluation[2])
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in elements.tags:
+        for name in ("href", "xlink:href"):
+            assert attributes.get(name, "#")[1:] in {"", *ids}
+
+
+def test_tables_show_the_numbers_of_the_json(evaluation):
+    folder, results, page = evaluation
+    tables = Elements(page).tables
+    assert len(tables) == 4
+    for table, split in zip(tables[::2], results["splits"].values(), strict=True):
+        header = table[0]
+        assert header[:4] == ["model", "decoding", "selection", "CIDEr"]
+        assert len(table) == len(split["rows"]) + 1
+        for shown, row in zip(table[1:], split["rows"], strict=True):
+            assert shown[:3] == [row["model"], row["decoding"], row["selection"]]
+            for metric, entry in row["metrics"].items():
+                scale, places = (1, 3) if "sim" in metric else (1, 1) if metric == "words" else (100, 1)
+                value, low, high = (float(n) for n in re.findall(r"[\d.]+", shown[header.index(metric)]))
+                assert value == round(entry["value"] * scale, places)
+                for bound, side in ((low, "low"), (high, "high")):
+                    assert bound == pytest.approx(entry[side] * scale, abs=0.51 if scale == 100 else 0.051)
+            assert float(shown[header.index("denoiser calls")]) == row["denoiser_calls"]
+    with (folder / "table-test.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    row = results["splits"]["test"]["rows"][5]
+    assert float(written[5]["CIDEr low"]) == pytest.approx(100 * row["metrics"]["CIDEr"]["low"])
+    assert written[5]["selection"] == row["selection"]
+
+
+def test_best_value_is_bold_and_never_the_oracle(evaluation):
+    bold = re.findall(r'<tr class="([^"]*)">((?:(?!</tr>).)*<b>.*?)</tr>', evaluation[2])
+    assert bold
+    assert all("bound" not in classes for classes, _ in bold)
+    assert "<b>190.3</b>" in evaluation[2]  # 1.223 + 2 x 0.2 + 4 x 0.07, the cycle's image-text row
+
+
+def test_differences_are_read_out():
+    difference = {"metric": "CIDEr", "a": "cycle · greedy", "b": "plain · greedy"}
+    better = {**difference, "value": 0.412, "low": 0.33, "high": 0.5}
+    assert reading(better) == "cycle beats plain by 41 CIDEr, 95% interval 33 to 50 (greedy)."
+    worse = {**difference, "b": "base", "value": -0.412, "low": -0.5, "high": -0.33}
+    assert reading(worse) == "cycle · greedy falls behind base by 41 CIDEr, 95% interval 33 to 50."
+    open_ = {**difference, "value": 0.02, "low": -0.03, "high": 0.07}
+    assert "No clear difference in CIDEr between cycle and plain: 95% interval −3" in reading(open_)  # noqa: RUF001
+    longer = {**difference, "metric": "words", "value": -1.2, "low": -1.4, "high": -1.0}
+    assert reading(longer) == "cycle has 1.2 fewer words than plain, 95% interval 1.0 to 1.4 (greedy)."
+    assert "beats" in reading({**difference, "metric": "FID", "value": -3.0, "low": -4.0, "high": -2.0})
+
+
+def test_figures_are_on_disk_and_in_the_page(evaluation):
+    folder, _, page = evaluation
+    stems = {path.stem for path in (folder / "figures").glob("*.svg")}
+    assert stems == {path.stem for path in (folder / "figures").glob("*.png")}
+    for split in ("test", "novel"):
+        assert {f"{split}-rank-CIDEr-image-cycle", f"{split}-comparison-BLEU-4"} <= stems
+        assert f"{split}-score-CIDEr-image-cycle-cycle" in stems
+    assert page.count("<figure><svg") == len(stems)
+    assert all(path.stat().st_size > 1000 for path in (folder / "figures").iterdir())
+
+
+def test_gallery_holds_best_worst_and_change_within_the_budget(tmp_path):
+    write_evaluation(tmp_path, images=60, samples=3, side=300, splits=("test",))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count('<article class="card"') == 24
+    assert "24 of 60 images, chosen in turn from the best" in page
+    assert len(page) < 5_000_000
+    rows = [json.loads(line) for line in (tmp_path / "candidates-test.jsonl").read_text().splitlines()]
+    greedy = {}
+    for row in rows:
+        if row["decoding"] == "greedy":
+            greedy.setdefault(row["key"], []).append(row["metrics"]["CIDEr"])
+    shown = set(re.findall(r"<h4>(\d+)</h4>", page))
+    for key in (max(greedy, key=lambda k: sum(greedy[k])), min(greedy, key=lambda k: sum(greedy[k])),
+                max(greedy, key=lambda k: max(greedy[k]) - min(greedy[k]))):  # fmt: skip
+        assert key in shown
+
+
+def test_missing_parts_are_left_out(tmp_path):
+    results = write_evaluation(tmp_path, images=3, samples=2)
+    shutil.rmtree(tmp_path / "images" / "novel")
+    (tmp_path / "images/test/source/000001.png").write_bytes(b"no image")
+    for path in ("candidates-test.jsonl", "references-novel.json", "references-test.json"):
+        (tmp_path / path).unlink()
+    lines = (tmp_path / "candidates-novel.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["image"] = None
+        if row["model"] == "plain":
+            del row["scores"], row["metrics"]
+    (tmp_path / "candidates-novel.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results.pop("verdict")
+    results["models"] = {}
+    results["splits"]["test"] = {"rows": [{"model": "$other$", "metrics": {"CIDEr": {"value": float("nan")}}}]}
+    results["splits"]["novel"]["rows"][0]["metrics"].pop("CIDEr")
+    (tmp_path / "metrics.json").write_text(json.dumps(results))
+    page = write_report(tmp_path, title="Own & title").read_text(encoding="utf-8")
+    assert "<title>Own &amp; title</title>" in page
+    assert 'class="verdict' not in page
+    assert "<img" not in page
+    assert 'id="novel-gallery"' in page
+    assert 'id="test-gallery"' not in page
+    assert "$other$" in page
+    assert "nan" not in Elements(page).text.lower()
+
+    minimal = tmp_path / "minimal"
+    minimal.mkdir()
+    (minimal / "metrics.json").write_text(json.dumps({"splits": {"test": {}}}))
+    assert "Evaluation" in write_report(minimal).read_text(encoding="utf-8")
+
+
+def test_unreadable_images_are_named(tmp_path):
+    write_evaluation(tmp_path, images=3, samples=2, splits=("test",))
+    (tmp_path / "images/test/source/000001.png").write_bytes(b"no image")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "1 image could not be read: images/test/source/000001.png." in page
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        ("{", r"metrics\.json is not valid JSON \(line 1"),
+        ("[]", "the top level should be an object"),
+        ('{"splits": {}}', "no splits"),
+        ('{"splits": {"../x": {}}}', "split name '../x'"),
+        (
+            '{"splits": {"test": {"rows": [{"metrics": {}}]}}}',
+            r"splits\.test\.rows\[0\]\.model should be a text",
+        ),
+        (
+            '{"splits": {"test": {"rows": [{"model": "a", "metrics": {"CIDEr": {"value": "high"}}}]}}}',
+            r"rows\[0\]\.metrics\.CIDEr\.value should be a number, not 'high'",
+        ),
+        (
+            '{"splits": {"test": {"differences": [{"metric": "CIDEr", "a": "a", "b": "b"}]}}}',
+            r"differences\[0\] has no 'value'",
+        ),
+    ],
+)
+def test_broken_metrics_are_named(tmp_path, broken, sentence):
+    (tmp_path / "metrics.json").write_text(broken)
+    with pytest.raises(ValueError, match=sentence):
+        write_report(tmp_path)
+
+
+def test_broken_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No metrics\.json in .*evaluate\.py"):
+        write_report(tmp_path)
+    write_evaluation(tmp_path, images=3, samples=2, splits=("test",))
+    candidates = tmp_path / "candidates-test.jsonl"
+    good = candidates.read_text()
+    candidates.write_text(good + "\n{")
+    with pytest.raises(ValueError, match=r"candidates-test\.jsonl is not valid JSON \(line \d+"):
+        write_report(tmp_path)
+    candidates.write_text(good.replace("images/test/base/000000-0.png", "../outside.png"))
+    with pytest.raises(ValueError, match=r"'\.\./outside\.png' lies outside"):
+        write_report(tmp_path)
+
+
+def test_report_needs_no_torch(tmp_path):
+    write_evaluation(tmp_path, images=2, samples=2, splits=("test",))
+    code = (
+        "import sys; from pathlib import Path; from cyclefit.report import write_report; "
+        "assert 'matplotlib' not in sys.modules; write_report(Path(sys.argv[1])); "
+        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+BROWSER = shutil.which("chromium")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium on PATH")
+PROBE = """
+const done = {width: innerWidth, scroll: document.documentElement.scrollWidth};
+const table = document.querySelector("table.sortable");
+const cell = (row, i) => row.cells[i].dataset.v ?? row.cells[i].textContent;
+const column = (i) => [...table.tBodies[0].rows].map((row) => cell(row, i));
+const button = table.tHead.rows[0].cells[3].firstElementChild;
+button.click(); done.descending = column(3).map(Number);
+button.click(); done.ascending = column(3).map(Number);
+table.tHead.rows[0].cells[2].firstElementChild.click(); done.text = column(2);
+const gallery = document.querySelector(".gallery");
+const controls = gallery.querySelector(".controls");
+const all = (selector) => [...gallery.querySelectorAll(selector)];
+const state = () => all(".card:not([hidden]) h4").map((heading) => heading.textContent);
+const choose = (name, value) => {
+  controls.elements[name].value = value;
+  controls.dispatchEvent(new Event("change"));
+};
+done.best = state();
+choose("show", "worst"); done.worst = state();
+choose("model", "plain");
+done.strips = all(".strip:not([hidden])").map((strip) => strip.dataset.model);
+choose("score", "denoising");
+done.scores = [...gallery.querySelector(".strip:not([hidden])").querySelectorAll("li:not(.pinned)")].map(
+  (item) => JSON.parse(item.dataset.numbers).scores.denoising);
+document.querySelector(".card img").click();
+done.zoom = document.getElementById("zoom").open && document.querySelector("#zoom img") !== null;
+document.title = JSON.stringify(done);
+"""
+
+
+def probe(page: str, folder: Path, width: int) -> dict:
+    # The page's policy admits its own script only, so the probed copy goes without.
+    page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", f"<script>{{{PROBE}}}</script></body>")
+    copy = folder / "probe.html"
+    frame = folder / "frame.html"
+    copy.write_text(page, encoding="utf-8")
+    # Headless windows are at least 500 px wide; a frame can be as narrow as a phone.
+    frame.write_text(
+        f'<iframe id="f" src="probe.html" style="width:{width}px;height:900px;border:0"></iframe>'
+        "<script>onload = () => document.title = document.getElementById('f').contentDocument.title</script>",
+        encoding="utf-8",
+    )
+    # fmt: off
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--allow-file-access-from-files",
+               f"--user-data-dir={folder / 'profile'}",
+               "--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    # fmt: on
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    title = re.search(r"<title>(.*?)</title>", dom, flags=re.DOTALL)
+    assert title, dom[:500]
+    return json.loads(html.unescape(title[1]))
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_page_works_in_a_browser(evaluation, tmp_path, width):
+    _, results, page = evaluation
+    seen = probe(page, tmp_path, width)
+    assert seen["width"] == width
+    assert seen["scroll"] <= width, "the page scrolls sideways"
+    values = [row["metrics"]["CIDEr"]["value"] for row in results["splits"]["test"]["rows"]]
+    assert seen["descending"] == sorted(values, reverse=True)
+    assert seen["ascending"] == sorted(values)
+    assert seen["text"] == sorted(seen["text"])
+    assert len(seen["best"]) == 12
+    assert seen["worst"] == seen["best"][::-1][:4]
+    assert set(seen["strips"]) == {"plain"}
+    assert seen["scores"] == sorted(seen["scores"], reverse=True)
+    assert seen["zoom"]
