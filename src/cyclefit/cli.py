@@ -1,0 +1,224 @@
+"""The command line: LightningCLI, bare config names, one run in one folder."""
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+
+from cyclefit.data import ShardData
+from cyclefit.finetune import Finetune
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+class UsageError(Exception):
+    """A user's mistake: its message is all there is to show."""
+
+
+def resolve_configs(arguments: list[str]) -> list[str]:
+    """Arguments with bare names after `--config` replaced by the files of that name in `configs/`.
+
+    Raises:
+        UsageError: there is no such file; the message lists those that exist.
+
+    """
+    resolved = list(arguments)
+    for i, argument in enumerate(arguments):
+        flag, _, inline = argument.partition("=")
+        if flag not in ("--config", "-c"):
+            continue
+        place = i if inline else i + 1
+        if place >= len(arguments):
+            continue
+        name = inline or arguments[place]
+        if not Path(name).exists():
+            known = [path for path in CONFIGS.glob("*.yaml") if path.name in (name, f"{name}.yaml")]
+            if not known:
+                names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
+                raise UsageError(f"there is no config {name!r}, neither as a file nor in {CONFIGS.name}/: {names}")
+            name = str(known[0])
+        resolved[place] = f"{flag}={name}" if inline else name
+    return resolved
+
+
+class JsonlLogger(Logger):
+    """Every logged value as a line of `metrics.jsonl` in the run's folder."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.name
+
+    @property
+    def version(self) -> str:
+        """There is one version of a run."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return str(self.folder)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends one line."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """The run's `config.yaml` holds them."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder and hands the same to W&B; rank 0 only."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Logs the nested configuration."""
+        config = self.parser.dump(self.config, format="json", skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(json.loads(config), allow_val_change=True)
+
+
+class StopOnSignal(Callback):
+    """Ctrl-C ends the fit after the step at hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over SIGINT."""
+        self._before = signal.signal(signal.SIGINT, self._stop)
+
+    def _stop(self, *_) -> None:
+        self.stopped = True
+        signal.signal(signal.SIGINT, self._before)
+        rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        """Ends the fit where it was asked for; the checkpoint is written as at any end."""
+        trainer.should_stop = trainer.should_stop or self.stopped
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives SIGINT back."""
+        signal.signal(signal.SIGINT, self._before)
+
+
+class RunCLI(LightningCLI):
+    """`train.py`'s command line: `--name`, `--ckpt_path`, and Lightning's own."""
+
+    def add_arguments_to_parser(self, parser) -> None:
+        """What a run is called, where runs lie, and what it continues from."""
+        parser.add_argument("--name", type=str, help="the run's name: everything it writes is in RUNS/NAME")
+        parser.add_argument("--runs", type=str, default="runs", help="the folder of all runs")
+        parser.add_argument("--ckpt_path", type=str | None, help="`last`, or a file, to continue a run")
+        parser.add_argument("--group", type=str | None, help="the W&B group of this run")
+
+    def before_instantiate_classes(self) -> None:
+        """Decides the run's folder before anything is built or downloaded."""
+        config = self.config
+        if not config.name:
+            raise UsageError("the run has no name: add `name: ...` to the config or --name NAME")
+        self.folder = Path(config.runs) / config.name
+        last = self.folder / "checkpoints" / "last.ckpt"
+        self.ckpt_path = str(last) if config.ckpt_path == "last" else config.ckpt_path
+        if self.ckpt_path and not Path(self.ckpt_path).exists():
+            raise UsageError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
+        if not self.ckpt_path and (self.folder / "config.yaml").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            raise UsageError(
+                f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
+                "delete it"
+            )
+        self.save_config_kwargs["overwrite"] = bool(self.ckpt_path)
+        config.trainer.default_root_dir = str(self.folder)
+
+    def instantiate_trainer(self, **kwargs) -> L.Trainer:
+        """The trainer, with the run's own loggers and checkpoints unless the config says otherwise."""
+        if self.config.trainer.logger in (None, True):
+            kwargs["logger"] = [JsonlLogger(self.folder), self._wandb()]
+        self.stop = StopOnSignal()
+        # The newest state at the end of every validation and every quarter of an hour, and the best by CIDEr.
+        checkpoints = self.folder / "checkpoints"
+        best = ModelCheckpoint(checkpoints, "best", monitor="val/CIDEr", mode="max", save_last=True)
+        timed = ModelCheckpoint(checkpoints, "timed", train_time_interval=timedelta(minutes=15))
+        self.trainer_defaults["callbacks"] = [self.stop, best, timed, *self._progress()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _progress(self) -> list[Callback]:
+        return [RichProgressBar()] if self.config.trainer.enable_progress_bar in (None, True) else []
+
+    def _wandb(self) -> WandbLogger:
+        import wandb
+        from wandb.sdk.lib.runid import generate_id
+
+        remembered = self.folder / "wandb_id.txt"
+        if remembered.exists():
+            run_id = remembered.read_text().strip()
+        else:
+            run_id = generate_id()
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remembered.write_text(run_id + "\n")
+        return WandbLogger(
+            name=self.config.name,
+            save_dir=str(self.folder),
+            id=run_id,
+            project=os.environ.get("WANDB_PROJECT", "cyclefit"),
+            resume="allow",
+            mode=os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline"),
+            group=self.config.group,
+        )
+
+
+def train(arguments: list[str]) -> int:
+    """Trains as the config says; returns the exit status: 130 after Ctrl-C."""
+    # Lightning relaunches sys.argv for further processes: names are resolved in place.
+    sys.argv[1:] = resolve_configs(arguments)
+    torch.set_float32_matmul_precision("high")
+    cli = RunCLI(
+        Finetune,
+        ShardData,
+        subclass_mode_model=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"overwrite": False},
+        seed_everything_default=0,
+        trainer_defaults={},
+        run=False,
+    )
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    if cli.stop.stopped:
+        command = " ".join(["python", *sys.argv])
+        rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {command} --ckpt_path last")
+        return 130
+    rank_zero_info(f"finished: {cli.folder}")
+    return 0
+
+
+def run(function) -> None:
+    """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
+    try:
+        sys.exit(function(sys.argv[1:]))
+    except (UsageError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,170 @@
+"""Judges: how well a caption tells its image apart, as a score per candidate.
+
+A judge is a reward of the policy gradient during finetuning and a reranker at inference: the same function.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyclefit.generators import Generator
+from cyclefit.scorers import Scorer
+
+
+@dataclass
+class Partners:
+    """The frozen models a cycle is computed through; None where a configuration has none."""
+
+    generator: Generator | None = None
+    scorer: Scorer | None = None
+
+
+class Judge(ABC):
+    """Scores candidate captions of images, higher is better, without gradient."""
+
+    needs: tuple[str, ...] = ()
+    """Which of the partners it asks for."""
+
+    @abstractmethod
+    def score(
+        self,
+        partners: Partners,
+        images: Float[Tensor, "b 3 h w"],
+        candidates: list[list[str]],
+        seeds: Sequence[int],
+        others: Float[Tensor, "b m 3 h w"] | None = None,
+    ) -> Float[Tensor, "b n"]:
+        """One score per candidate; every image has the same number of candidates.
+
+        Args:
+            partners: the frozen models.
+            images: the source images.
+            candidates: n captions of each image.
+            seeds: one per image: noise is shared by all candidates of an image, or a ranking would measure luck.
+            others: m other images for each image, for judges that contrast; the batch's next ones if None.
+
+        """
+
+    def cost(self, partners: Partners, num_candidates: int) -> dict[str, int]:
+        """Generated images and denoiser calls per image, for `num_candidates` different captions."""
+        return {"generator_calls": 0, "denoiser_calls": 0}
+
+
+def distinct(candidates: list[list[str]]) -> tuple[list[tuple[int, str]], list[list[int]]]:
+    """The distinct (image, caption) pairs, and for each candidate the index of its pair."""
+    pairs: dict[tuple[int, str], int] = {}
+    index = [[pairs.setdefault((i, text), len(pairs)) for text in row] for i, row in enumerate(candidates)]
+    return list(pairs), index
+
+
+@dataclass
+class ImageText(Judge):
+    """f(x, y): CLIP similarity of image and caption; the control, which needs no generator."""
+
+    needs = ("scorer",)
+
+    @torch.no_grad()
+    def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Cosine similarities, in [-1, 1]."""
+        texts = partners.scorer.embed_texts([text for row in candidates for text in row])
+        return torch.einsum("bd,bnd->bn", partners.scorer.embed_images(images), texts.unflatten(0, (len(images), -1)))
+
+
+@dataclass
+class Regeneration(Judge):
+    """f(x, SD(y)): CLIP image similarity of the source and the image regenerated from the caption.
+
+    Li et al., ICCV 2023 (arXiv 2212.12249), eq. 1. All candidates of an image start from the same noise.
+    """
+
+    num_regenerations: int = 1
+    """Images drawn per caption; their similarities are averaged."""
+    steps: int | None = None
+    """Solver steps; the generator's own number if None."""
+    guidance_scale: float | None = None
+
+    needs = ("generator", "scorer")
+
+    @torch.no_grad()
+    def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Cosine similarities, in [-1, 1]."""
+        pairs, index = distinct(candidates)
+        source = partners.scorer.embed_images(images)
+        similarities = 0
+        for repeat in range(self.num_regenerations):
+            drawn = partners.generator.generate(
+                [text for _, text in pairs],
+                [seeds[i] + repeat for i, _ in pairs],
+                steps=self.steps,
+                guidance_scale=self.guidance_scale,
+            )
+            embedded = partners.scorer.embed_images(drawn)
+            similarities = similarities + (source[[i for i, _ in pairs]] * embedded).sum(-1)
+        return (similarities / self.num_regenerations)[torch.tensor(index, device=source.device)]
+
+    def cost(self, partners, num_candidates) -> dict[str, int]:
+        """One generated image per candidate and regeneration."""
+        images = num_candidates * self.num_regenerations
+        calls = partners.generator.calls_per_image(self.steps, self.guidance_scale)
+        return {"generator_calls": images, "denoiser_calls": images * calls}
+
+
+@dataclass
+class Denoising(Judge):
+    """-E_{t, eps} || eps - eps_theta(z_t, t, tau(y)) ||^2 on the source latents.
+
+    With `num_others` > 0 contrastive: E_{t, eps}[err(x_j, y) - err(x, y)], err the denoising error under caption y and
+    x_j other images: the generator's own estimate of how much y tells about x and about no other. Timesteps and noise
+    are shared by all candidates of an image and by the images contrasted.
+    """
+
+    num_others: int = 0
+    min_timestep: int = 400
+    max_timestep: int = 700
+    num_timesteps: int = 2
+    """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
+    batch_size: int = 256
+    """Latents that go through the denoiser together."""
+
+    needs = ("generator",)
+
+    @torch.no_grad()
+    def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Negative error, or a difference of errors; around 0, in units of the denoiser's target."""
+        generator, device = partners.generator, images.device
+        pairs, index = distinct(candidates)
+        rows = torch.tensor([i for i, _ in pairs], device=device)
+        conditioning = generator.encode_texts([text for _, text in pairs])
+        latents = [generator.encode_images(images)]
+        if self.num_others:
+            if others is None:
+                if len(images) <= self.num_others:
+                    raise ValueError(
+                        f"contrasting with {self.num_others} other images needs a batch of more than {self.num_others} "
+                        f"images, not {len(images)}: raise the batch size or lower num_others"
+                    )
+                latents += [latents[0].roll(-k, 0) for k in range(1, self.num_others + 1)]
+            else:
+                latents += [generator.encode_images(others[:, k]) for k in range(self.num_others)]
+        noise = generator.noise(seeds)
+        edges = torch.linspace(self.min_timestep, self.max_timestep, self.num_timesteps + 1)
+        signs = [-1.0] + [1.0 / max(self.num_others, 1)] * self.num_others
+        total = torch.zeros(len(pairs), device=device)
+        for t in ((edges[1:] + edges[:-1]) / 2).long().tolist():
+            for sign, z in zip(signs, latents, strict=True):
+                for part in torch.arange(len(pairs), device=device).split(self.batch_size):
+                    timesteps = torch.full((len(part),), t, device=device)
+                    errors = generator.errors(z[rows[part]], conditioning[part], timesteps, noise[rows[part]])
+                    total[part] += sign * errors / self.num_timesteps
+        return total[torch.tensor(index, device=device)]
+
+    def cost(self, partners, num_candidates) -> dict[str, int]:
+        """One denoiser call per caption, timestep and image contrasted."""
+        return {
+            "generator_calls": 0,
+            "denoiser_calls": num_candidates * self.num_timesteps * (1 + self.num_others),
+        }

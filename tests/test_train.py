@@ -1,0 +1,197 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from cyclefit import cli
+from tests.conftest import ROOT
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+TRAINING = [name for name in CONFIGS if "evaluate" not in name]
+
+
+@pytest.fixture
+def launch(tmp_path, world, monkeypatch):
+    """Runs train.py's own entry point in this process, on small numbers, from the project's folder."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def run(config, name, *arguments, steps=2):
+        small = {
+            "runs": tmp_path, "name": name, "trainer.max_steps": steps, "trainer.val_check_interval": 2,
+            "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false", "data.train": world / "finetune",
+            "data.validation": world / "validation", "data.validation_size": 24, "data.batch_size": 8,
+            "data.epoch_size": 24, "model.round_trip_images": 4, "model.generator.steps": 2,
+        }  # fmt: skip
+        cli.train(["--config", config, *[f"--{k}={v}" for k, v in small.items()], *arguments])
+        return tmp_path / name
+
+    return run
+
+
+def values(run, key):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row[key] for row in rows if key in row}
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_path):
+    class Parsed(cli.RunCLI):
+        def instantiate_classes(self):
+            raise StopIteration
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "RunCLI", Parsed)
+    with pytest.raises(StopIteration):
+        cli.train(["--config", name])
+    config = yaml.safe_load((ROOT / "configs" / name).read_text())
+    head = (ROOT / "configs" / name).read_text().split("name:")[0]
+    assert f"python train.py --config {name}" in head, "each config is headed by its launch command"
+    assert config["name"] == name.removesuffix(".yaml")
+    with pytest.raises(StopIteration):
+        cli.train(["--config", name.removesuffix(".yaml"), "--model.cycle=null", "--name=other"])
+
+
+def test_an_unknown_config_lists_those_that_exist(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "cycle_blib.yaml"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(cli.train)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "cycle_blib.yaml" in said
+    assert all(name in said for name in TRAINING)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("config", ["miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"])
+def test_two_steps_and_two_more_equal_four(launch, config):
+    whole = launch(config, "whole", steps=4)
+    part = launch(config, "part", steps=2)
+    launch(config, "part", "--ckpt_path=last", steps=4)
+    assert values(whole, "train/loss") == values(part, "train/loss")
+    assert values(whole, "val/CIDEr") == values(part, "val/CIDEr")
+    expected, resumed = checkpoint(whole), checkpoint(part)
+    assert resumed["global_step"] == expected["global_step"] == 4
+    assert resumed["state_dict"].keys() == expected["state_dict"].keys()
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(tensor, resumed["state_dict"][name]), name
+    moments, again = (state["optimizer_states"][0]["state"] for state in (expected, resumed))
+    for index, moment in moments.items():
+        for name, value in moment.items():
+            assert torch.equal(value, again[index][name])
+
+
+def test_weight_zero_is_the_baseline(launch):
+    plain = launch("miniature_blip.yaml", "plain", steps=3)
+    for config in ("miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"):
+        zero = launch(config, config, "--model.cycle.weight=0", steps=3)
+        assert values(plain, "train/loss") == values(zero, "train/loss")
+        assert len(values(zero, "train/cycle")) == 3
+        null = launch(config, f"{config}-null", "--model.cycle=null", steps=3)
+        assert values(plain, "train/loss") == values(null, "train/loss")
+        assert not values(null, "train/cycle")
+
+
+def test_a_run_leaves_everything_in_its_folder(launch):
+    run = launch("miniature_cycle_blip.yaml", "all", steps=2)
+    state = checkpoint(run)
+    assert state["state_dict"]
+    assert all(name.startswith("captioner.model.text_decoder.") for name in state["state_dict"])
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 6_000_000, "frozen models are in the checkpoint"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["cycle"]["class_path"] == "cyclefit.cycles.SoftCaptionDenoising"
+    assert list((run / "samples").glob("*.png"))
+    assert set(values(run, "val/CIDEr")) == {1}
+    assert values(run, "val/image_similarity/clip")
+    assert values(run, "val/BLEU-4")
+    assert (run / "wandb_id.txt").read_text().strip()
+    before = sorted(path.name for path in run.parent.iterdir())
+    with pytest.raises(cli.UsageError, match="--ckpt_path last"):
+        launch("miniature_cycle_blip.yaml", "all", steps=2)
+    with pytest.raises(cli.UsageError, match=r"no checkpoint .*nothing.checkpoints.last.ckpt"):
+        launch("miniature_cycle_blip.yaml", "nothing", "--ckpt_path=last")
+    assert sorted(path.name for path in run.parent.iterdir()) == before
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(launch):
+    run = launch("miniature_blip.yaml", "decoder", steps=2)
+    with pytest.raises(ValueError, match="does not fit the configuration"):
+        launch("miniature_blip.yaml", "decoder", "--ckpt_path=last", "--model.captioner.trainable=cross-attention")
+    assert run.exists()
+
+
+def test_what_the_cycle_needs_is_asked_for(launch):
+    with pytest.raises(ValueError, match=r"needs a generator: set model\.generator"):
+        launch("miniature_cycle_blip.yaml", "needs", "--model.generator=null", "--model.cycle.weight=1")
+    with pytest.raises(ValueError, match="captioner is frozen"):
+        launch("miniature_blip.yaml", "frozen", "--model.captioner.trainable=null")
+
+
+def test_lora_trains_and_saves_adapters_alone(launch):
+    run = launch("miniature_blip.yaml", "lora", "--model.captioner.trainable=lora")
+    assert all("lora_" in name for name in checkpoint(run)["state_dict"])
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, world):
+    """A real process, a real signal; continued, it ends where it would have ended."""
+
+    def command(name, *more):
+        small = ["--trainer.max_steps=6", "--trainer.val_check_interval=6", "--trainer.log_every_n_steps=1"]
+        small += [f"--data.train={world / 'finetune'}", f"--data.validation={world / 'validation'}"]
+        small += [
+            "--data.batch_size=8",
+            "--data.validation_size=24",
+            "--model.round_trip_images=0",
+            f"--runs={tmp_path}",
+        ]
+        return [sys.executable, "train.py", "--config", "miniature_cycle_blip.yaml", "--name", name, *small, *more]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    step = int(re.search(r"stopped at step (\d+), saved", said)[1])
+    assert 1 <= step < 6
+    assert "--ckpt_path last" in said
+    assert checkpoint(tmp_path / "run")["global_step"] == step
+    for name, more in (("run", ["--ckpt_path", "last"]), ("whole", [])):
+        done = subprocess.run(command(name, *more), cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name, tensor in checkpoint(tmp_path / "whole")["state_dict"].items():
+        assert torch.equal(tensor, checkpoint(tmp_path / "run")["state_dict"][name]), name
+
+
+def test_wandb_gets_one_run_with_the_configuration(launch, monkeypatch):
+    """The real client, offline: the run's own folder holds one run under one id, also after it was continued."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    import wandb
+
+    run = launch("miniature_blip.yaml", "logged")
+    wandb.finish()
+    launch("miniature_blip.yaml", "logged", "--ckpt_path=last", steps=4)
+    wandb.finish()
+    identifier = (run / "wandb_id.txt").read_text().strip()
+    logs = list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert {path.name for path in logs} == {f"run-{identifier}.wandb"}
+    assert any(b"captioner" in path.read_bytes() for path in logs)
+    assert list((run / "wandb").rglob("media/images/val/*.png"))
