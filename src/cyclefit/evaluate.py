@@ -1,0 +1,515 @@
+"""Evaluation of captioners: every model and decoding on the same images, a table, figures and a report."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from cyclefit.captioners import Captioner, Decoding
+from cyclefit.data import evaluation_batches
+from cyclefit.generators import Generator
+from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
+from cyclefit.loading import freeze, half_on_gpu
+from cyclefit.metrics.captions import CiderScorer, caption_metrics, caption_scores, describe
+from cyclefit.metrics.statistics import bootstrap_interval, paired_bootstrap
+from cyclefit.report import write_report
+from cyclefit.rerank import rerank, sample_seed, with_others
+from cyclefit.scorers import Scorer
+
+JUDGES = {
+    "image cycle": Regeneration(),
+    "denoising": Denoising(),
+    "contrastive": Denoising(num_others=2),
+    "image-text": ImageText(),
+}
+"""By the name of their rows in the table."""
+
+
+def load_run(folder: Path, checkpoint: str = "last") -> tuple[Captioner, dict]:
+    """The captioner of a run's folder with its trained weights, and the run's configuration.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+        ValueError: the checkpoint does not fit the configuration.
+
+    """
+    from jsonargparse import ArgumentParser
+
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not (folder / "config.yaml").exists():
+        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
+        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: the run {folder} has saved no such checkpoint yet")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Captioner, "captioner")
+    parsed = parser.parse_object({"captioner": config["model"]["init_args"]["captioner"]})
+    captioner = parser.instantiate_classes(parsed).captioner
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    trained = {k.removeprefix("captioner."): v for k, v in state["state_dict"].items() if k.startswith("captioner.")}
+    if unknown := captioner.load_state_dict(trained, strict=False).unexpected_keys:
+        raise ValueError(f"{path} holds parameters the captioner of {folder}/config.yaml lacks, such as {unknown[0]}")
+    config["steps"] = state["global_step"]
+    return captioner, config
+
+
+class Rows:
+    """The rows of `candidates-SPLIT.jsonl`, appended to as they come: an interrupted evaluation goes on from them."""
+
+    def __init__(self, path: Path, stamp: dict):
+        self.path = path
+        self.rows: list[dict] = []
+        settings = path.with_suffix(".settings.json")
+        if path.exists():
+            if json.loads(settings.read_text()) != stamp:
+                raise FileNotFoundError(
+                    f"{path} was written with other settings: delete {path.parent} or choose another --out"
+                )
+            complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
+            self.rows = [json.loads(line) for line in complete.splitlines()]
+            # A batch is one write, so only its tail can be torn: samples short of candidates are done again.
+            counts = defaultdict(int)
+            for row in self.rows:
+                counts[row["model"], row["key"]] += 1
+            self.rows = [row for row in self.rows if counts[row["model"], row["key"]] == row["of"]]
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            settings.write_text(json.dumps(stamp, indent=1))
+
+    def done(self, model: str) -> set[str]:
+        """Keys that need no more work."""
+        return {row["key"] for row in self.rows if row["model"] == model}
+
+    def append(self, rows: list[dict]) -> None:
+        """Adds a batch's rows, on disk before anything else happens."""
+        with self.path.open("a") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+
+
+def captions(
+    shards: dict[str, str],
+    captioner: Captioner,
+    generator: Generator,
+    scorer: Scorer,
+    runs: list[str] | None = None,
+    out: str = "runs/evaluation",
+    judges: dict[str, Judge] | None = None,
+    num_candidates: int = 10,
+    nucleus_p: float = 0.9,
+    max_new_tokens: int = 30,
+    rerank_runs: bool = False,
+    image_size: int = 512,
+    batch_size: int = 32,
+    limit: int | None = None,
+    checkpoint: str = "last",
+    gallery: int = 24,
+    seed: int = 0,
+) -> int:
+    """Evaluates captioners under greedy, beam and nucleus decoding, reranked by every judge, and the oracle.
+
+    Writes `metrics.json`, `candidates-SPLIT.jsonl`, `table-SPLIT.csv`, figures and `report.html` into `out`.
+    Interrupted, it goes on where it stopped.
+
+    Args:
+        shards: the splits by name; the first is the one the verdict is about.
+        captioner: the base model, before finetuning.
+        generator: draws the images of the round trip and judges by denoising error.
+        scorer: CLIP for image-image and image-text similarity.
+        runs: folders of finetuned captioners.
+        out: the folder of the evaluation.
+        judges: rerankers by name; all four if not given.
+        num_candidates: N nucleus samples per image.
+        nucleus_p: probability mass of the nucleus.
+        max_new_tokens: length limit of captions.
+        rerank_runs: rerank the finetuned models too, not only the base.
+        image_size: side of the images that are read.
+        batch_size: images read together; no influence on the results.
+        limit: images of each split, all if not given.
+        checkpoint: `last` or `best` of each run.
+        gallery: images of each split shown in the report.
+        seed: of sampling and of the noise.
+
+    """
+    judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
+    single = [Decoding(max_new_tokens=max_new_tokens), Decoding("beam", max_new_tokens=max_new_tokens)]
+    nucleus = Decoding("nucleus", num_candidates, max_new_tokens, top_p=nucleus_p)
+    models: dict[str, tuple[Captioner, dict]] = {"base": (captioner, {})}
+    for run in runs or []:
+        models[Path(run).name] = load_run(Path(run), checkpoint)
+
+    tables: dict[str, Rows] = {}
+    for split, urls in shards.items():
+        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p}
+        stamp |= {"judges": {name: repr(judge) for name, judge in judges.items()}, "scorer": scorer.name}
+        stamp |= {"models": {name: config.get("steps") for name, (_, config) in models.items()}}
+        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp)
+        for model, (network, _) in models.items():
+            # Every model's own captions are regenerated for the round trip; sampling N of them is the expensive part.
+            full = model == "base" or rerank_runs
+            decodings = [*single, nucleus if full else replace(nucleus, num_samples=1)]
+            used = judges if full else {k: v for k, v in judges.items() if k in ("image cycle", "image-text")}
+            _evaluate(table, split, model, freeze(network.to(device)), partners, used, decodings, urls, folder,
+                      image_size, batch_size, limit, seed)  # fmt: skip
+            network.to("cpu")
+
+    results = {split: _results(table, models, judges, partners, num_candidates) for split, table in tables.items()}
+    metrics = {
+        "title": "Did the cycle help?",
+        "created": date.today().isoformat(),
+        "metadata": {
+            **describe(),
+            "scorer": scorer.name,
+            "seed": seed,
+            "num_candidates": num_candidates,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+            "commands": [shlex.join(["python", *sys.argv])],
+            "seconds": round(time.perf_counter() - started),
+        },
+        "models": {name: _described(name, config, i) for i, (name, (_, config)) in enumerate(models.items())},
+        "splits": results,
+    }
+    if verdict := _verdict(models, results):
+        metrics["verdict"] = verdict
+    _write_json(folder / "metrics.json", metrics)
+    for split, table in tables.items():
+        _draw_gallery(folder, split, table.rows, partners, gallery)
+        _write_candidates(table)
+    report = write_report(folder)
+    _print(metrics)
+    Console().print(f"report: {report}")
+    return 0
+
+
+def _evaluate(
+    table,
+    split,
+    model,
+    captioner,
+    partners,
+    judges,
+    decodings,
+    urls,
+    folder,
+    image_size,
+    batch_size,
+    limit,
+    seed,
+) -> None:
+    """Appends one model's candidates on one split to its table."""
+    done = table.done(model)
+    contrasted = max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
+    stream = evaluation_batches(urls, image_size=image_size, batch_size=batch_size, limit=limit)
+    references_path, references = folder / f"references-{split}.json", {}
+    names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images")]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(f"{split}: {model}", total=limit)
+        for batch, others in with_others(stream, contrasted):
+            references |= dict(zip(batch.keys, batch.references, strict=True))
+            todo = [i for i, key in enumerate(batch.keys) if key not in done]
+            progress.update(task, advance=len(batch))
+            _save_sources(folder / "images" / split / "source", batch)
+            if not todo:
+                continue
+            device, keys = partners.generator.device, [batch.keys[i] for i in todo]
+            images = batch.images[todo].to(device)
+            seeds = [sample_seed(key, seed) for key in keys]
+            others = others[todo].to(device) if others is not None else None
+            made = rerank(captioner, partners, judges, images, decodings, seeds, others)
+            seconds = {name: round(value / len(todo), 5) for name, value in made.seconds.items()}
+            table.append(
+                [
+                    {
+                        "key": key,
+                        "model": model,
+                        "decoding": names[k],
+                        "index": k - names.index(names[k]),
+                        "caption": made.captions[i][k],
+                        "scores": {name: round(float(scores[i, k]), 6) for name, scores in made.scores.items()},
+                        "noise_seed": seeds[i] + 1,
+                        "seconds": seconds,
+                        "of": len(names),
+                    }
+                    for i, key in enumerate(keys)
+                    for k in range(len(names))
+                ]
+            )
+        progress.update(task, total=len(references), completed=len(references))
+    _write_json(references_path, references)
+
+
+def _save_sources(folder: Path, batch) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, image in zip(batch.keys, batch.images, strict=True):
+        path = folder / f"{key}.png"
+        if not path.exists():
+            _save_image(image, path)
+
+
+def _save_image(image: torch.Tensor, path: Path) -> None:
+    pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((256, 256))
+    picture.save(path)
+
+
+def _write_json(path: Path, value) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1))
+    partial.replace(path)
+
+
+def _results(table: Rows, models, judges, partners, num_candidates: int) -> dict:
+    """The table's rows, differences and rank curves of one split; adds each candidate's own metrics to the table."""
+    split = table.path.stem.removeprefix("candidates-")
+    references = json.loads((table.path.parent / f"references-{split}.json").read_text())
+    keys = list(references)
+    place = {key: i for i, key in enumerate(keys)}
+    corpus = [references[key] for key in keys]
+    texts = [row["caption"] for row in table.rows]
+    cider = CiderScorer(corpus).score(texts, [place[row["key"]] for row in table.rows])
+    by_model: dict[str, list[list[dict]]] = {name: [[] for _ in keys] for name in models}
+    for i, row in enumerate(table.rows):
+        row["metrics"] = {name: round(float(values[i]), 6) for name, values in cider.items()}
+        by_model[row["model"]][place[row["key"]]].append(row)
+
+    rows, curves, chosen = [], [], {}
+
+    def add(model: str, decoding: str, selection: str, picked: list[dict], calls: dict, seconds: float) -> None:
+        chosen[f"{model} · {decoding if selection == 'single' else selection}"] = picked
+        rows.append(
+            {"model": model, "decoding": decoding, "selection": selection, "seconds": seconds, **calls}
+            | {"metrics": _metrics(picked, corpus)}
+        )
+
+    for model, samples in by_model.items():
+        seconds = {k: float(np.mean([s[0]["seconds"][k] for s in samples])) for k in samples[0][0]["seconds"]}
+        share = seconds["sampling"] / samples[0][0]["of"]
+        none = {"generator_calls": 0, "denoiser_calls": 0}
+        for decoding in ("greedy", "beam", "nucleus"):
+            picked = [next(row for row in sample if row["decoding"] == decoding) for sample in samples]
+            add(model, decoding, "single", picked, none, share)
+        pools = [[row for row in sample if row["decoding"] == "nucleus"] for sample in samples]
+        if len(pools[0]) < 2:
+            continue
+        different = float(np.mean([len({row["caption"] for row in pool}) for pool in pools]))
+        for name, judge in judges.items():
+            ranked = [sorted(pool, key=lambda row: -row["scores"][name]) for pool in pools]
+            cost = {k: round(v * different, 1) for k, v in judge.cost(partners, 1).items()}
+            judging = seconds[name] * len(pools[0]) / samples[0][0]["of"]
+            add(model, "nucleus", name, [r[0] for r in ranked], cost, share * len(pools[0]) + judging)
+            values = []
+            for rank in range(len(pools[0])):
+                mean, low, high = bootstrap_interval([r[rank]["metrics"]["CIDEr"] for r in ranked])
+                values.append({"rank": rank + 1, "value": mean, "low": low, "high": high})
+            curves.append({"model": model, "selection": name, "metric": "CIDEr", "values": values})
+        best = [max(pool, key=lambda row: row["metrics"]["CIDEr"]) for pool in pools]
+        add(model, "nucleus", "oracle", best, none, share * len(pools[0]))
+
+    return {
+        "num_images": len(keys),
+        "rows": rows,
+        "differences": _differences(models, chosen, judges),
+        "rank_curves": curves,
+    }
+
+
+def _metrics(picked: list[dict], corpus: list[list[str]]) -> dict:
+    texts = [row["caption"] for row in picked]
+    values = caption_metrics(texts, corpus)
+    shown = {
+        name: {"value": values[name]} for name in ("CIDEr", "CIDEr-D", *[f"BLEU-{n}" for n in (1, 2, 3, 4)], "ROUGE-L")
+    }
+    samples = {name: [row["metrics"][name] for row in picked] for name in ("CIDEr", "CIDEr-D")}
+    samples["words"] = [len(text.split()) for text in texts]
+    samples["ROUGE-L"] = caption_scores(texts, corpus)["ROUGE-L"]
+    for judge, name in (("image cycle", "image similarity"), ("image-text", "image-text similarity")):
+        if judge in picked[0]["scores"]:
+            samples[name] = [row["scores"][judge] for row in picked]
+    for name, column in samples.items():
+        mean, low, high = bootstrap_interval(column)
+        shown[name] = {"value": mean, "low": low, "high": high}
+    return shown
+
+
+def _baselines(models) -> tuple[list[str], list[str]]:
+    """Names of the runs without and with a cycle."""
+    cycle = {name: c["model"]["init_args"].get("cycle") for name, (_, c) in models.items() if name != "base"}
+    return [name for name, value in cycle.items() if value is None], [name for name, value in cycle.items() if value]
+
+
+def _differences(models, chosen: dict[str, list[dict]], judges: Iterable[str]) -> list[dict]:
+    plain, cycles = _baselines(models)
+    pairs = [(f"{a} · greedy", f"{b} · greedy") for a in cycles for b in plain]
+    pairs += [(f"{a} · greedy", "base · image cycle") for a in cycles]
+    pairs += [(f"base · {judge}", "base · nucleus") for judge in judges]
+    pairs += [("base · image cycle", "base · image-text")]
+    rows = []
+    for a, b in pairs:
+        if a not in chosen or b not in chosen:
+            continue
+        first, second = ([row["metrics"]["CIDEr"] for row in chosen[name]] for name in (a, b))
+        value, low, high, p = paired_bootstrap(first, second)
+        relative = value / np.mean(second) if np.mean(second) else 0.0
+        rows.append({"metric": "CIDEr", "a": a, "b": b, "value": value, "low": low, "high": high, "p": p}
+                    | {"relative": float(relative)})  # fmt: skip
+    return rows
+
+
+def _verdict(models, results: dict) -> dict | None:
+    plain, cycles = _baselines(models)
+    if not plain or not cycles:
+        return None
+    split, result = next(iter(results.items()))
+    row = next(
+        r for r in result["differences"] if r["a"] == f"{cycles[0]} · greedy" and r["b"] == f"{plain[0]} · greedy"
+    )
+    gain, low, high = (f"{100 * row[k]:+.1f}" for k in ("value", "low", "high"))
+    if row["low"] > 0:
+        said = "The cycle helped"
+    elif row["high"] < 0:
+        said = "The cycle hurt"
+    else:
+        said = "The cycle made no difference that these images can show"
+    return {
+        "better": row["low"] > 0,
+        "sentence": f"{said}: {cycles[0]} against {plain[0]}, one greedy caption each, {gain} CIDEr on "
+        f"{result['num_images']} images of {split} (95 % interval {low} to {high}).",
+    }
+
+
+def _described(name: str, config: dict, index: int) -> dict:
+    if not config:
+        return {"description": "before finetuning", "color_index": index}
+    cycle = config["model"]["init_args"].get("cycle")
+    own = "finetuned with its own loss"
+    if cycle is None:
+        described = own
+    else:
+        reward = cycle.get("init_args", {}).get("reward")
+        what = cycle["class_path"].rpartition(".")[2] + (
+            f" ({reward['class_path'].rpartition('.')[2]})" if reward else ""
+        )
+        described = f"{own} and a cycle: {what}"
+    return {"description": described, "steps": config["steps"], "color_index": index}
+
+
+def _draw_gallery(folder: Path, split: str, rows: list[dict], partners: Partners, count: int) -> None:
+    """Regenerates the images of the samples the report shows: evenly the best, the worst and the rest by key.
+
+    They are the images the scores were computed on: same caption, same noise.
+    """
+    base = [row for row in rows if row["model"] == "base" and row["decoding"] == "nucleus"]
+    quality = defaultdict(list)
+    for row in base:
+        quality[row["key"]].append(row["metrics"]["CIDEr"])
+    order = sorted(quality, key=lambda key: -np.mean(quality[key]))
+    third = max(count // 3, 1)
+    shown = set(order[:third]) | set(order[-third:]) | set(sorted(order)[: count - 2 * third])
+    for row in rows:
+        row["image"] = None
+    wanted = [row for row in rows if row["key"] in shown and row["decoding"] != "beam"]
+    distinct = {(row["caption"], row["noise_seed"]): row for row in wanted}
+    if not distinct:
+        return
+    drawn = partners.generator.generate([caption for caption, _ in distinct], [seed for _, seed in distinct])
+    target = folder / "images" / split / "regenerated"
+    target.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for number, (pair, image) in enumerate(zip(distinct, drawn, strict=True)):
+        names[pair] = f"images/{split}/regenerated/{distinct[pair]['key']}-{number:05d}.png"
+        _save_image(image, folder / names[pair])
+    for row in wanted:
+        row["image"] = names[row["caption"], row["noise_seed"]]
+
+
+def _write_candidates(table: Rows) -> None:
+    partial = table.path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in table.rows))
+    partial.replace(table.path)
+
+
+def _print(metrics: dict) -> None:
+    console = Console()
+    for split, result in metrics["splits"].items():
+        table = Table(title=f"{split}: {result['num_images']} images")
+        for column in (
+            "model",
+            "decoding",
+            "CIDEr [95 %]",
+            "BLEU-4",
+            "ROUGE-L",
+            "words",
+            "image sim.",
+            "drawn",
+            "denoised",
+            "s",
+        ):
+            table.add_column(column, justify="left" if column in ("model", "decoding") else "right")
+        for row in result["rows"]:
+            m = row["metrics"]
+            c = m["CIDEr"]
+            similarity = m.get("image similarity", {}).get("value")
+            table.add_row(
+                row["model"],
+                row["decoding"] if row["selection"] == "single" else f"{row['decoding']}, best by {row['selection']}",
+                f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]",
+                f"{100 * m['BLEU-4']['value']:.1f}",
+                f"{100 * m['ROUGE-L']['value']:.1f}",
+                f"{m['words']['value']:.1f}",
+                "" if similarity is None else f"{similarity:.3f}",
+                f"{row['generator_calls']:.0f}",
+                f"{row['denoiser_calls']:.0f}",
+                f"{row['seconds']:.2f}",
+            )
+        console.print(table)
+    if "verdict" in metrics:
+        console.print(f"[bold]{metrics['verdict']['sentence']}[/bold]")
+
+
+def main(arguments: list[str]) -> int:
+    """`evaluate.py captions --config NAME [--runs RUN ...]`."""
+    from jsonargparse import ArgumentParser
+
+    from cyclefit.cli import resolve_configs
+
+    parser = ArgumentParser(prog="evaluate.py", description="Evaluates finetuned models against reranked inference.")
+    commands = parser.add_subcommands()
+    sub = ArgumentParser(description=captions.__doc__.split("\n\n")[0])
+    sub.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
+    sub.add_function_arguments(captions)
+    commands.add_subcommand("captions", sub)
+    parsed = parser.parse_args(resolve_configs(arguments))
+    values = parser.instantiate_classes(parsed)["captions"].as_dict()
+    values.pop("config", None)
+    return captions(**values)

@@ -1,0 +1,204 @@
+import json
+import re
+import sys
+
+import pytest
+import torch
+import yaml
+
+from cyclefit import cli, evaluate
+from cyclefit.captioners import Decoding
+from cyclefit.data import evaluation_batches
+from cyclefit.judges import Denoising, ImageText, Partners, Regeneration
+from cyclefit.rerank import rerank, sample_seed, with_others
+from tests.conftest import ROOT
+
+JUDGES = {"image cycle": Regeneration(steps=3), "contrastive": Denoising(num_others=2), "image-text": ImageText()}
+
+
+def reranked(captioner, partners, world, batch_size, count=21):
+    """Captions and scores of the first validation images, by key."""
+    found = {}
+    stream = evaluation_batches(str(world / "validation"), image_size=32, batch_size=batch_size, limit=count)
+    for batch, others in with_others(stream, 2):
+        seeds = [sample_seed(key) for key in batch.keys]
+        made = rerank(captioner, partners, JUDGES, batch.images, [Decoding(), Decoding("nucleus", 4)], seeds, others)
+        for i, key in enumerate(batch.keys):
+            found[key] = made.captions[i], {name: scores[i] for name, scores in made.scores.items()}
+    return found
+
+
+def test_results_do_not_depend_on_the_batch_size(captioner, generator, scorer, world):
+    partners = Partners(generator, scorer)
+    expected = reranked(captioner, partners, world, 21)
+    for batch_size in (1, 7):
+        found = reranked(captioner, partners, world, batch_size)
+        assert found.keys() == expected.keys()
+        for key, (captions, scores) in expected.items():
+            assert found[key][0] == captions
+            for name, values in scores.items():
+                torch.testing.assert_close(found[key][1][name], values, atol=2e-4, rtol=0)
+
+
+def test_the_judges_favourite_comes_first(captioner, generator, scorer, batch):
+    seeds = [sample_seed(key) for key in batch.keys]
+    made = rerank(
+        captioner,
+        Partners(generator, scorer),
+        {"image-text": ImageText()},
+        batch.images,
+        [Decoding("nucleus", 5)],
+        seeds,
+    )
+    texts = scorer.embed_texts([row[0] for row in made.ranked("image-text")])
+    best = (scorer.embed_images(batch.images) * texts).sum(1)
+    torch.testing.assert_close(best, made.scores["image-text"].max(1).values, atol=1e-5, rtol=0)
+
+
+def test_others_are_never_the_image_itself(world):
+    stream = evaluation_batches(str(world / "validation"), image_size=32, batch_size=5, limit=30)
+    for batch, others in with_others(stream, 3):
+        assert others.shape == (len(batch), 3, 3, 32, 32)
+        assert ((others - batch.images[:, None]).abs().flatten(2).amax(2) > 0).all()
+    few = evaluation_batches(str(world / "validation"), image_size=32, batch_size=5, limit=2)
+    with pytest.raises(ValueError, match="more than the 2 images"):
+        next(with_others(few, 3))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, world):
+    """A plainly finetuned run and one with the cycle, two steps each."""
+    folder = tmp_path_factory.mktemp("runs")
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    for name, config in {"plain": "miniature_blip.yaml", "cycle": "miniature_cycle_blip_reward.yaml"}.items():
+        patch.setattr(sys, "argv", ["train.py"])
+        small = {"runs": folder, "name": name, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+        small |= {"data.train": world / "finetune", "data.validation": world / "validation", "data.validation_size": 20}
+        small |= {"model.round_trip_images": 0, "trainer.enable_progress_bar": "false"}
+        cli.train(["--config", config, *[f"--{k}={v}" for k, v in small.items()]])
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def assess(runs, world, tmp_path, monkeypatch):
+    """Runs evaluate.py's own entry point on small numbers."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+
+    def run(out="evaluation", **more):
+        settings = {"limit": 24, "num_candidates": 3, "gallery": 6, "generator.steps": 2, "batch_size": 9} | more
+        arguments = [f"--{k}={v}" for k, v in settings.items()]
+        folder = tmp_path / out
+        splits = json.dumps({name: str(world / name) for name in ("test", "novel")})
+        code = evaluate.main(
+            ["captions", "--config", "miniature_evaluate.yaml", f"--shards={splits}", f"--out={folder}",
+             f"--runs={json.dumps([str(runs / 'plain'), str(runs / 'cycle')])}", *arguments]
+        )  # fmt: skip
+        assert code == 0
+        return folder
+
+    return run
+
+
+def candidates(folder, split="test"):
+    lines = (folder / f"candidates-{split}.jsonl").read_text().splitlines()
+    keep = ("caption", "scores", "metrics", "image")
+    return {
+        tuple(row[k] for k in ("model", "key", "decoding", "index")): {k: row[k] for k in keep}
+        for row in map(json.loads, lines)
+    }
+
+
+def test_evaluation_end_to_end(assess, capsys):
+    folder = assess()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics["models"]) == {"base", "plain", "cycle"}
+    for split in ("test", "novel"):
+        result = metrics["splits"][split]
+        assert result["num_images"] == 24
+        rows = {(r["model"], r["decoding"], r["selection"]): r for r in result["rows"]}
+        single = {(m, d, "single") for m in metrics["models"] for d in ("greedy", "beam", "nucleus")}
+        picked = {("base", "nucleus", s) for s in (*evaluate.JUDGES, "oracle")}
+        assert set(rows) == single | picked
+        oracle = rows["base", "nucleus", "oracle"]["metrics"]["CIDEr"]["value"]
+        assert all(oracle >= rows[k]["metrics"]["CIDEr"]["value"] for k in picked)
+        for row in rows.values():
+            c = row["metrics"]["CIDEr"]
+            assert c["low"] <= c["value"] <= c["high"]
+        cycle = rows["base", "nucleus", "image cycle"]
+        assert 0 < cycle["generator_calls"] <= 3
+        assert cycle["denoiser_calls"] == pytest.approx(4 * cycle["generator_calls"], abs=0.5)
+        assert rows["base", "nucleus", "image-text"]["denoiser_calls"] == 0
+        assert {c["selection"] for c in result["rank_curves"]} == set(evaluate.JUDGES)
+        assert all([v["rank"] for v in c["values"]] == [1, 2, 3] for c in result["rank_curves"])
+        assert result["differences"][0]["a"] == "cycle · greedy"
+        assert result["differences"][0]["b"] == "plain · greedy"
+    rows = candidates(folder)
+    assert len(rows) == 24 * (5 + 3 + 3)
+    shown = [row["image"] for row in rows.values() if row["image"]]
+    assert shown
+    assert all((folder / path).exists() for path in shown)
+    page = (folder / "report.html").read_text()
+    assert metrics["verdict"]["sentence"].split(":")[0] in page
+    assert "data:image/png;base64," in page
+    said = capsys.readouterr().out
+    assert "oracle" in said
+    assert "report.html" in said
+    assert (folder / "table-test.csv").exists()
+
+
+def test_an_interrupted_evaluation_continues_where_it_stopped(assess, monkeypatch):
+    whole = assess("whole")
+    real, seen = evaluate.rerank, []
+
+    def dies(*arguments, **named):
+        seen.append(len(arguments[3]))
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(evaluate, "rerank", dies)
+    with pytest.raises(KeyboardInterrupt):
+        assess("part")
+    table = next(path for path in (whole.parent / "part").glob("candidates-test.jsonl"))
+    with table.open("a") as file:
+        file.write('{"key": "torn')  # a write that the kill cut off
+    again = []
+    monkeypatch.setattr(evaluate, "rerank", lambda *a, **n: again.append(len(a[3])) or real(*a, **n))
+    part = assess("part")
+    total = 2 * 3 * 24
+    assert sum(again) == total - sum(seen[:4]), "work was repeated or lost"
+    assert candidates(part) == candidates(whole)
+    first, second = (
+        json.loads((f / "metrics.json").read_text())["splits"]["test"]["rank_curves"] for f in (whole, part)
+    )
+    assert first == second
+    with pytest.raises(FileNotFoundError, match="other settings"):
+        assess("part", num_candidates=4)
+
+
+def test_a_run_that_is_none_lists_those_beside_it(assess, runs, capsys):
+    with pytest.raises(FileNotFoundError, match=r"holds no run .*runs beside it: .*plain"):
+        evaluate.load_run(runs / "plane")
+    with pytest.raises(FileNotFoundError, match=r"best2\.ckpt does not exist"):
+        evaluate.load_run(runs / "plain", "best2")
+
+
+def test_a_run_is_loaded_with_its_weights(runs, captioner, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    trained, config = evaluate.load_run(runs / "cycle")
+    state = torch.load(runs / "cycle" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, tensor in state.items():
+        assert torch.equal(tensor, trained.get_parameter(name.removeprefix("captioner.")))
+    assert config["steps"] == 2
+    before = captioner.model.text_decoder.bert.encoder.layer[0].crossattention.self.query.weight
+    assert not torch.equal(before, trained.model.text_decoder.bert.encoder.layer[0].crossattention.self.query.weight)
+
+
+def test_evaluation_configs_name_their_command():
+    for path in (ROOT / "configs").glob("*evaluate*.yaml"):
+        text = path.read_text()
+        assert re.search(rf"python evaluate.py captions --config {path.name}", text)
+        assert set(yaml.safe_load(text)) >= {"shards", "captioner", "generator", "scorer"}
