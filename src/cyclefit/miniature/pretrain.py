@@ -1,0 +1,489 @@
+"""Pretrains the miniature world's models from nothing and writes them as the hub's own folders, with a card.
+
+`python -m cyclefit.miniature.pretrain` runs every stage in turn, each in a folder of its own under `--work`; a stage
+whose folder is complete is not run again, so an interrupted run continues at the stage it was in.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor, nn
+
+from cyclefit.miniature import WEIGHTS, scenes
+from cyclefit.miniature.vocabularies import CONTEXT_LENGTH, write_bpe, write_wordpiece
+
+STEPS = {"vae": 2000, "decoder": 500, "captioner": 1000, "clip": 500}
+STEPS |= {"text_encoder": 500, "generator": 3000, "clip-heldout": 900, "probe": 500}
+SIZE_LIMIT = 24_000_000
+"""Bytes that the shipped weights may take together."""
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def world(split: str, seed: int) -> tuple[Tensor, list[scenes.Scene], list[np.random.Generator]]:
+    """A split's images as uint8 `(n, 3, 32, 32)`, its scenes, and a generator for the captions of each."""
+    drawn, generators = zip(*scenes.scenes(split, seed), strict=True)
+    images = np.stack([np.asarray(scenes.render(scene)) for scene in drawn])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), list(drawn), list(generators)
+
+
+@cache
+def captions(split: str, seed: int, levels: tuple[str, ...]) -> list[list[str]]:
+    """For each level of noise, one caption per scene of the split."""
+    _, drawn, _ = world(split, seed)
+    rng = np.random.default_rng([seed, len(levels), 7])
+    return [[scenes.caption(scene, level, rng) for scene in drawn] for level in levels]
+
+
+def tokens(tokenizer, texts: list[list[str]]) -> Tensor:
+    """Token ids `(levels, n, CONTEXT_LENGTH)` of texts."""
+    return torch.stack(
+        [
+            tokenizer(row, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
+            for row in texts
+        ]
+    )
+
+
+ATTRIBUTES = {
+    "background": list(scenes.BACKGROUNDS),
+    "layout": [*scenes.PLACES, "left of", "above of"],
+    **{f"{what} {slot}": values for slot in (1, 2) for what, values in [
+        ("shape", [*scenes.SHAPES, "none"]), ("colour", [*scenes.COLOURS, "none"]), ("size", [*scenes.SIZES, "none"]),
+    ]},
+}  # fmt: skip
+"""What describes a scene: background, layout, and of each slot shape, colour and size; slot 1 is the left or upper
+one. Getting both slots and the layout right is getting the relation right."""
+
+
+def attributes(drawn: list[scenes.Scene]) -> Tensor:
+    """The scenes' attributes as class indices `(n, len(ATTRIBUTES))`."""
+    rows = []
+    for scene in drawn:
+        two = len(scene.things) == 2
+        row = [scene.background, f"{scene.place} of" if two else scene.place]
+        for slot in range(2):
+            thing = scene.things[slot] if slot < len(scene.things) else None
+            row += [thing.shape, thing.colour, thing.size] if thing else ["none"] * 3
+        rows.append([values.index(value) for values, value in zip(ATTRIBUTES.values(), row, strict=True)])
+    return torch.tensor(rows)
+
+
+class AttributeHeads(nn.Module):
+    """One linear classifier per attribute on a common feature vector."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in ATTRIBUTES.values())
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        """Logits of each attribute, in the order of ATTRIBUTES."""
+        return [head(features) for head in self.heads]
+
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy summed over the attributes, averaged over the batch."""
+        return sum(F.cross_entropy(logits, targets[:, i]) for i, logits in enumerate(self(features)))
+
+
+class Probe(nn.Module):
+    """A small convolutional classifier of all attributes of an image, trained on real images of the world."""
+
+    def __init__(self, width: int = 48):
+        super().__init__()
+        layers, channels = [], 5
+        for out, stride in [(width, 1), (width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 1)]:
+            layers += [nn.Conv2d(channels, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        # Coordinates beside the colours and a flattened 4 x 4 grid: the classifier has to know where things are.
+        self.trunk = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU())
+        self.heads = AttributeHeads(256)
+        grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, scenes.SIZE)] * 2, indexing="ij"))
+        self.register_buffer("grid", grid, persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of images in [0, 1]."""
+        return self.trunk(torch.cat([images * 2 - 1, self.grid.expand(len(images), -1, -1, -1)], 1))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """The most likely class of each attribute, `(n, len(ATTRIBUTES))`."""
+        return torch.stack([logits.argmax(-1) for logits in self.heads(self.features(images))], 1)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    name: str,
+    parameters: list[nn.Parameter],
+    loss: Callable[[], Tensor],
+    lr: float,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """AdamW over STEPS[name] steps with warm-up and cosine decay, behind a progress bar."""
+    steps = STEPS[name]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda k: min((k + 1) / (0.04 * steps), 0.02 + 0.98 * (1 + math.cos(math.pi * k / steps)) / 2),
+    )
+    columns = [
+        TextColumn("{task.description:>14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    ]
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), refresh_per_second=2) as progress:
+        task = progress.add_task(name, total=steps, loss="")
+        mean = None
+        for _ in range(steps):
+            value = loss()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            after()
+            mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
+            progress.update(task, advance=1, loss=f"{mean:.4f}")
+
+
+def batches(images: Tensor, size: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that returns the next random indices and their images in [0, 1], epoch after epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    order = iter(())
+
+    def following() -> tuple[Tensor, Tensor]:
+        nonlocal order
+        index = next(order, None)
+        if index is None or len(index) < size:
+            order = iter(torch.randperm(len(images), generator=generator).split(size))
+            index = next(order)
+        return index, images[index].float() / 255
+
+    return following
+
+
+def train_vae(out: Path, seed: int) -> None:
+    """AutoencoderKL, latents 8 x 8 x 4, whitened per channel inside its own quantisation convolutions."""
+    from diffusers import AutoencoderKL
+
+    images, _, _ = world("pretrain", seed)
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        norm_num_groups=8,
+        sample_size=scenes.SIZE,
+        scaling_factor=1.0,
+    ).to(memory_format=torch.channels_last)
+    following = batches(images, 32, seed)
+
+    def reconstruction_loss(difference: Tensor) -> Tensor:
+        # Most of an image is flat background: the finite differences weigh outlines, which tell shapes apart.
+        edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        return difference.abs().mean() + difference.square().mean() + edges
+
+    def loss() -> Tensor:
+        x = following()[1] * 2 - 1
+        posterior = vae.encode(x).latent_dist
+        return reconstruction_loss(vae.decode(posterior.sample()).sample - x) + 1e-4 * posterior.kl().mean() / 256
+
+    train("vae", list(vae.parameters()), loss, 2e-3)
+
+    # Unit variance per channel, folded into the 1 x 1 convolutions around the latents: scaling_factor stays 1.
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in images[:4000].split(500)])
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        post, quant = vae.post_quant_conv, vae.quant_conv
+        post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
+        post.weight *= std[None, :, None, None]
+        quant.weight[:4] /= std[:, None, None, None]
+        quant.bias[:4] = (quant.bias[:4] - mean) / std
+        quant.bias[4:] -= 2 * std.log()
+
+    decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+
+    def decoder_loss() -> Tensor:
+        x = following()[1] * 2 - 1
+        with torch.no_grad():
+            z = vae.encode(x).latent_dist.mode()
+        return reconstruction_loss(vae.decode(z).sample - x)
+
+    train("decoder", decoder, decoder_loss, 1e-3)
+    vae.save_pretrained(out)
+
+
+def train_generator(out: Path, seed: int, vae_folder: Path) -> None:
+    """UNet2DConditionModel and CLIPTextModel on the latents, as a StableDiffusionPipeline folder.
+
+    The text encoder first learns to tell a scene's attributes from its caption, some seconds of text only: without it
+    the denoiser rarely learns who stands left of whom. Then both learn to denoise, weighted by min-SNR (Hang et al.,
+    ICCV 2023, arXiv 2303.09556, gamma = 5), with every tenth caption dropped for classifier-free guidance.
+    """
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel, compute_snr
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    images, drawn, _ = world("pretrain", seed)
+    torch.manual_seed(seed)
+    tokenizer = write_bpe(out / "tokenizer")
+    ids = tokens(tokenizer, captions("pretrain", seed, ("full", "full", "full", "clean", "clean")))
+    targets = attributes(drawn)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    heads = AttributeHeads(128)
+
+    def attribute_loss() -> Tensor:
+        index = torch.randint(len(ids[0]), (128,))
+        hidden = text_encoder(ids[torch.randint(len(ids), (128,)), index]).last_hidden_state
+        return heads.loss(hidden[:, -1], targets[index])
+
+    train("text_encoder", [*text_encoder.parameters(), *heads.parameters()], attribute_loss, 1e-3)
+
+    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mode() for x in images.split(500)])
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    noising = scheduler.add_noise
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
+    empty = tokenizer("", padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids[0]
+
+    def loss() -> Tensor:
+        index = torch.randint(len(latents), (64,))
+        text = ids[torch.randint(len(ids), (64,)), index]
+        text[torch.rand(64) < 0.1] = empty
+        z, noise, t = latents[index], torch.randn(64, *latents.shape[1:]), torch.randint(0, 1000, (64,))
+        predicted = unet(noising(z, noise, t), t, text_encoder(text).last_hidden_state).sample
+        snr = compute_snr(scheduler, t)
+        return ((predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+
+    train("generator", parameters, loss, 1e-3, after=lambda: ema.step(parameters))
+    ema.copy_to(parameters)
+    scheduler.save_pretrained(out / "scheduler")
+    for name, model in {"unet": unet, "text_encoder": text_encoder, "vae": vae}.items():
+        model.save_pretrained(out / name)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", "PNDMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (out / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+CLIPS = {
+    # The judge is trained on noisy captions, as CLIP was; the held-out scorer is another architecture on clean ones.
+    "clip": ({"layers": [1, 1, 1, 1], "width": 16, "head_width": 16}, ("web",) * 4, 256, 2e-3),
+    "clip-heldout": (
+        {"layers": 3, "width": 96, "head_width": 24, "patch_size": 4},
+        ("full", "clean", "clean"),
+        128,
+        1e-3,
+    ),
+}
+
+
+def train_clip(out: Path, seed: int, name: str) -> None:
+    """An open_clip model (contrastive, logit scale learnt) as a folder that open_clip's `local-dir:` reads."""
+    import open_clip
+    from open_clip.loss import ClipLoss
+    from safetensors.torch import save_file
+
+    images, _, _ = world("pretrain", seed)
+    torch.manual_seed(seed + len(name))
+    out.mkdir(parents=True, exist_ok=True)
+    vision, levels, batch_size, lr = CLIPS[name]
+    tokenizer = write_bpe(out)
+    ids = tokens(tokenizer, captions("pretrain", seed, levels))
+    config = {
+        "embed_dim": 96,
+        "vision_cfg": {"image_size": scenes.SIZE, **vision},
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": len(tokenizer),
+            "hf_tokenizer_name": "the tokenizer beside this file",
+            "width": 128,
+            "heads": 4,
+            "layers": 2,
+        },
+    }
+    mean = std = [0.5, 0.5, 0.5]
+    preprocessing = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    written = {"model_cfg": config, "preprocess_cfg": {"size": scenes.SIZE, "mode": "RGB", **preprocessing}}
+    (out / "open_clip_config.json").write_text(json.dumps(written, indent=2) + "\n")
+    model = open_clip.CLIP(**config, quick_gelu=False)
+    contrastive = ClipLoss()
+    following = batches(images, batch_size, seed)
+
+    def loss() -> Tensor:
+        index, x = following()
+        text = ids[torch.randint(len(ids), (len(index),)), index]
+        return contrastive(*model((x - 0.5) / 0.5, text))
+
+    train(name, list(model.parameters()), loss, lr)
+    save_file(model.state_dict(), out / "open_clip_model.safetensors")
+
+
+def train_captioner(out: Path, seed: int) -> None:
+    """BlipForConditionalGeneration on noisy captions that never show the novel pairs."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    images, _, _ = world("captioner", seed)
+    torch.manual_seed(seed)
+    tokenizer = write_wordpiece(out)
+    ids = tokens(tokenizer, captions("captioner", seed, ("web",) * 2))
+    begin = tokenizer.convert_tokens_to_ids("[DEC]")
+    ids[..., 0] = begin
+    common = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
+    config = BlipConfig(
+        vision_config={**common, "num_hidden_layers": 3, "image_size": scenes.SIZE, "patch_size": 4},
+        text_config={
+            **common,
+            "vocab_size": len(tokenizer),
+            "encoder_hidden_size": 96,
+            "num_hidden_layers": 2,
+            "max_position_embeddings": CONTEXT_LENGTH,
+            "bos_token_id": begin,
+            "eos_token_id": tokenizer.sep_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "label_smoothing": 0.1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        projection_dim=96,
+        image_text_hidden_size=96,
+    )
+    model = BlipForConditionalGeneration(config).train()
+    following = batches(images, 64, seed)
+
+    def loss() -> Tensor:
+        index, x = following()
+        text = ids[torch.randint(len(ids), (len(index),)), index]
+        text = text[:, : int((text != tokenizer.pad_token_id).sum(1).max())]
+        mask = text != tokenizer.pad_token_id
+        return model(
+            pixel_values=(x - 0.5) / 0.5,
+            input_ids=text,
+            attention_mask=mask,
+            labels=text.masked_fill(~mask, -100),
+        ).loss
+
+    train("captioner", list(model.parameters()), loss, 1e-3)
+    model.save_pretrained(out)
+    preprocessor = {
+        "image_processor_type": "BlipImageProcessor",
+        "size": {"height": scenes.SIZE, "width": scenes.SIZE},
+    }
+    preprocessor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3, "do_rescale": True}
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+
+
+def train_probe(out: Path, seed: int) -> None:
+    """The attribute probe; it measures the generator and is not shipped."""
+    from safetensors.torch import save_file
+
+    images, drawn, _ = world("pretrain", seed)
+    torch.manual_seed(seed)
+    targets, probe, following = attributes(drawn), Probe(), batches(images, 128, seed)
+
+    def loss() -> Tensor:
+        index, x = following()
+        return probe.heads.loss(probe.features((x + 0.02 * torch.randn_like(x)).clamp(0, 1)), targets[index])
+
+    train("probe", list(probe.parameters()), loss, 2e-3)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(probe.state_dict(), out / "probe.safetensors")
+
+
+def main() -> None:
+    """Runs the stages that are not complete under --work, then writes the weights and their card."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/miniature-pretraining"))
+    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=float, default=1.0, help="share of the steps to take (a rehearsal: 0.01)")
+    parser.add_argument("--stages", nargs="+", help="only these (default: all, then the weights and their card)")
+    arguments = parser.parse_args()
+    for name, steps in STEPS.items():
+        STEPS[name] = max(2, round(steps * arguments.steps))
+    work, seed = arguments.work, arguments.seed
+    stages = {
+        "vae": train_vae,
+        "stable-diffusion": lambda out, seed: train_generator(out, seed, work / "vae"),
+        "blip": train_captioner,
+        "clip": lambda out, seed: train_clip(out, seed, "clip"),
+        "probe": train_probe,
+        "clip-heldout": lambda out, seed: train_clip(out, seed, "clip-heldout"),
+    }
+    for name in arguments.stages or stages:
+        done = work / name / "seconds.txt"
+        if done.exists():
+            print(f"{name}: already there")
+            continue
+        shutil.rmtree(work / name, ignore_errors=True)
+        start = time.perf_counter()
+        stages[name](work / name, seed)
+        done.write_text(f"{time.perf_counter() - start:.0f}\n")
+    if not arguments.stages:
+        from cyclefit.miniature.card import write_weights
+
+        write_weights(work, arguments.out, seed)
+
+
+if __name__ == "__main__":
+    main()
