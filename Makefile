@@ -31,7 +31,7 @@ demo: $(READY) data/miniature/novel/manifest.json
 	$(PY) evaluate.py captions --config miniature_evaluate.yaml --runs '[$(DEMO)/plain, $(DEMO)/cycle]' --limit 150 --out $(DEMO)/evaluation
 
 test: $(READY)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -195,3 +197,53 @@ def test_the_denoising_judge_is_its_definition(partners, batch):
 def test_too_small_a_batch_to_contrast_is_said(partners, batch):
     with pytest.raises(ValueError, match="more than 2 images, not 1"):
         Denoising(num_others=2).score(partners, batch.images[:1], [["a star"]], [0])
+
+
+def test_the_paper_s_cycle_with_the_real_tokenizers(shared, tmp_path):
+    """BLIP's and SD 1.5's own tokenizers and configs, narrowed to a test's size, at random weights."""
+    real = shared / "architectures"
+
+    def narrowed(source, target, **changes):
+        shutil.copytree(real / source, target, dirs_exist_ok=True)
+        for name, change in changes.items():
+            path = target / name.replace("__", "/")
+            config = json.loads(path.with_suffix(".json").read_text())
+            for key, value in change.items():
+                if isinstance(value, dict):
+                    config[key] |= value
+                else:
+                    config[key] = value
+            path.with_suffix(".json").write_text(json.dumps(config))
+        return str(target)
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
+    blip = narrowed(
+        "blip-image-captioning-base",
+        tmp_path / "blip",
+        config={"text_config": {**small, "encoder_hidden_size": 64}, "vision_config": {**small, "image_size": 96}},
+    )
+    channels = {"block_out_channels": [32, 32, 64, 64]}
+    diffusion = narrowed(
+        "stable-diffusion-v1-5",
+        tmp_path / "sd",
+        unet__config={**channels, "cross_attention_dim": 64, "sample_size": 8, "attention_head_dim": 4},
+        vae__config=channels,
+        text_encoder__config=small,
+    )
+    torch.manual_seed(0)
+    captioner = Blip(blip, trainable="cross-attention queries", prompt="a picture of ", random_weights=True)
+    partners = Partners(StableDiffusion(diffusion, steps=2, random_weights=True))
+    assert partners.generator.image_size == 64
+    images, captions = torch.rand(2, 3, 96, 96), ["two cats sleeping on a couch", "a skateboarder in mid-air"]
+    features, tokens = captioner.embed(images), captioner.tokenize(captions)
+    reading = Reading(images, features, tokens, captioner.logits(features, tokens))
+    for form in ("soft", "straight-through"):
+        cycle = SoftCaptionDenoising(form=form)
+        cycle.prepare(captioner, partners)
+        loss, _ = cycle(captioner, partners, reading, [0, 1])
+        (gradient,) = torch.autograd.grad(loss.sum(), reading.logits, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    scores = Denoising(num_others=1).score(partners, images, [[text] for text in captions], [0, 1])
+    assert scores.isfinite().all()
+    drawn = partners.generator.generate(captions, [0, 1])
+    assert drawn.shape == (2, 3, 64, 64)

@@ -142,7 +142,7 @@ def test_evaluation_end_to_end(assess, capsys):
     assert all((folder / path).exists() for path in shown)
     page = (folder / "report.html").read_text()
     assert metrics["verdict"]["sentence"].split(":")[0] in page
-    assert "data:image/png;base64," in page
+    assert "data:image/webp;base64," in page
     said = capsys.readouterr().out
     assert "oracle" in said
     assert "report.html" in said
@@ -175,7 +175,7 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(assess, monkeypatc
         json.loads((f / "metrics.json").read_text())["splits"]["test"]["rank_curves"] for f in (whole, part)
     )
     assert first == second
-    with pytest.raises(FileNotFoundError, match="other settings"):
+    with pytest.raises(ValueError, match="other settings"):
         assess("part", num_candidates=4)
 
 

@@ -116,3 +116,35 @@ def test_the_card_says_what_the_models_are_worth():
     assert half["vae_psnr_db"] > 30
     assert half["clip_recall_at_1_of_100"] > 0.9
     assert half["captioner_greedy_cider"] > 100
+
+
+def test_pretraining_runs_stage_by_stage_and_resumes(tmp_path, monkeypatch, capsys):
+    """Every stage with two steps on a few scenes: what it proves is that the command runs and continues."""
+    from cyclefit.miniature import pretrain
+
+    small = {name: (min(count, 160), *rest) for name, (count, *rest) in scenes.SPLITS.items()}
+    monkeypatch.setattr(scenes, "SPLITS", small | {"pretrain": (300, *scenes.SPLITS["pretrain"][1:])})
+    monkeypatch.setattr(pretrain, "STEPS", dict(pretrain.STEPS))
+    pretrain.world.cache_clear()
+    pretrain.captions.cache_clear()
+    command = ["pretrain", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "weights"), "--steps", "0"]
+    monkeypatch.setattr("sys.argv", command)
+    stages = []
+
+    def cut_off(name, *arguments, train=pretrain.train, **named):
+        stages.append(name)
+        if name == "probe" and stages.count("probe") == 1:
+            raise KeyboardInterrupt
+        train(name, *arguments, **named)
+
+    monkeypatch.setattr(pretrain, "train", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.main()
+    assert not (tmp_path / "weights").exists()
+    pretrain.main()
+    assert sorted(stages) == sorted([*pretrain.STEPS, "probe"]), "a complete stage was run again"
+    card = json.loads((tmp_path / "weights" / "card.json").read_text())
+    assert card["quality"].keys() == {"float32", "float16"}
+    assert set(card["seconds"]) == {"vae", "stable-diffusion", "probe", "blip", "clip", "clip-heldout"}
+    pretrain.world.cache_clear()
+    pretrain.captions.cache_clear()

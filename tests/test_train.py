@@ -118,9 +118,9 @@ def test_a_run_leaves_everything_in_its_folder(launch):
     assert values(run, "val/BLEU-4")
     assert (run / "wandb_id.txt").read_text().strip()
     before = sorted(path.name for path in run.parent.iterdir())
-    with pytest.raises(cli.UsageError, match="--ckpt_path last"):
+    with pytest.raises(cli.UserError, match="--ckpt_path last"):
         launch("miniature_cycle_blip.yaml", "all", steps=2)
-    with pytest.raises(cli.UsageError, match=r"no checkpoint .*nothing.checkpoints.last.ckpt"):
+    with pytest.raises(cli.UserError, match=r"no checkpoint .*nothing.checkpoints.last.ckpt"):
         launch("miniature_cycle_blip.yaml", "nothing", "--ckpt_path=last")
     assert sorted(path.name for path in run.parent.iterdir()) == before
 
@@ -137,6 +137,33 @@ def test_what_the_cycle_needs_is_asked_for(launch):
         launch("miniature_cycle_blip.yaml", "needs", "--model.generator=null", "--model.cycle.weight=1")
     with pytest.raises(ValueError, match="captioner is frozen"):
         launch("miniature_blip.yaml", "frozen", "--model.captioner.trainable=null")
+
+
+def test_a_partner_that_is_not_frozen_is_refused(launch, monkeypatch):
+    from cyclefit.generators import StableDiffusion
+
+    build = StableDiffusion.__init__
+
+    def thawed(self, *arguments, **named):
+        build(self, *arguments, **named)
+        self.unet.conv_in.weight.requires_grad_(True)
+
+    monkeypatch.setattr(StableDiffusion, "__init__", thawed)
+    with pytest.raises(RuntimeError, match=r"generator must be frozen: .*conv_in"):
+        launch("miniature_blip.yaml", "thawed")
+
+
+def test_a_missing_model_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = ["--config", "miniature_blip.yaml", f"--runs={tmp_path}", "--model.captioner.pretrained=no/such-model"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(cli.train)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "no/such-model" in said
+    assert "HF_HOME" in said
+    assert "Traceback" not in said
 
 
 def test_lora_trains_and_saves_adapters_alone(launch):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cyclefit import UserError
 from cyclefit.loading import freeze, loading, resized, seeded
 
 
@@ -30,7 +31,7 @@ class Decoding:
 
     def __post_init__(self):
         if self.num_samples > 1 and self.method in ("greedy", "beam"):
-            raise ValueError(f"{self.method} decoding gives one caption per image, not num_samples={self.num_samples}")
+            raise UserError(f"{self.method} decoding gives one caption per image, not num_samples={self.num_samples}")
 
 
 class Captioner(nn.Module, ABC):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,21 +16,18 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
+from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-class UsageError(Exception):
-    """A user's mistake: its message is all there is to show."""
-
-
 def resolve_configs(arguments: list[str]) -> list[str]:
     """Arguments with bare names after `--config` replaced by the files of that name in `configs/`.
 
     Raises:
-        UsageError: there is no such file; the message lists those that exist.
+        UserError: there is no such file; the message lists those that exist.
 
     """
     resolved = list(arguments)
@@ -45,7 +43,7 @@ def resolve_configs(arguments: list[str]) -> list[str]:
             known = [path for path in CONFIGS.glob("*.yaml") if path.name in (name, f"{name}.yaml")]
             if not known:
                 names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-                raise UsageError(f"there is no config {name!r}, neither as a file nor in {CONFIGS.name}/: {names}")
+                raise UserError(f"there is no config {name!r}, neither as a file nor in {CONFIGS.name}/: {names}")
             name = str(known[0])
         resolved[place] = f"{flag}={name}" if inline else name
     return resolved
@@ -138,14 +136,14 @@ class RunCLI(LightningCLI):
         """Decides the run's folder before anything is built or downloaded."""
         config = self.config
         if not config.name:
-            raise UsageError("the run has no name: add `name: ...` to the config or --name NAME")
+            raise UserError("the run has no name: add `name: ...` to the config or --name NAME")
         self.folder = Path(config.runs) / config.name
         last = self.folder / "checkpoints" / "last.ckpt"
         self.ckpt_path = str(last) if config.ckpt_path == "last" else config.ckpt_path
         if self.ckpt_path and not Path(self.ckpt_path).exists():
-            raise UsageError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
+            raise UserError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
         if not self.ckpt_path and (self.folder / "config.yaml").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            raise UsageError(
+            raise UserError(
                 f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
                 "delete it"
             )
@@ -195,6 +193,9 @@ def train(arguments: list[str]) -> int:
     # Lightning relaunches sys.argv for further processes: names are resolved in place.
     sys.argv[1:] = resolve_configs(arguments)
     torch.set_float32_matmul_precision("high")
+    # Frozen partners are in eval mode on purpose; the fit asserts it.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
     cli = RunCLI(
         Finetune,
         ShardData,
@@ -219,6 +220,6 @@ def run(function) -> None:
     """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
     try:
         sys.exit(function(sys.argv[1:]))
-    except (UsageError, FileNotFoundError) as error:
+    except (UserError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

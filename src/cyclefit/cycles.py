@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cyclefit import UserError
 from cyclefit.bridge import Bridge
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.judges import Judge, Partners
@@ -150,7 +151,7 @@ class PolicyGradient(ImageCycle):
     ):
         super().__init__()
         if num_samples < 2:
-            raise ValueError(f"a leave-one-out baseline needs num_samples >= 2, not {num_samples}")
+            raise UserError(f"a leave-one-out baseline needs num_samples >= 2, not {num_samples}")
         self.reward = reward
         self.weight = weight
         self.num_images = num_images

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from cyclefit import UserError
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.generators import Generator
@@ -52,7 +53,7 @@ def load_run(folder: Path, checkpoint: str = "last") -> tuple[Captioner, dict]:
 
     Raises:
         FileNotFoundError: the folder holds no run, or no such checkpoint.
-        ValueError: the checkpoint does not fit the configuration.
+        UserError: the checkpoint does not fit the configuration.
 
     """
     from jsonargparse import ArgumentParser
@@ -71,7 +72,7 @@ def load_run(folder: Path, checkpoint: str = "last") -> tuple[Captioner, dict]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     trained = {k.removeprefix("captioner."): v for k, v in state["state_dict"].items() if k.startswith("captioner.")}
     if unknown := captioner.load_state_dict(trained, strict=False).unexpected_keys:
-        raise ValueError(f"{path} holds parameters the captioner of {folder}/config.yaml lacks, such as {unknown[0]}")
+        raise UserError(f"{path} holds parameters the captioner of {folder}/config.yaml lacks, such as {unknown[0]}")
     config["steps"] = state["global_step"]
     return captioner, config
 
@@ -85,9 +86,7 @@ class Rows:
         settings = path.with_suffix(".settings.json")
         if path.exists():
             if json.loads(settings.read_text()) != stamp:
-                raise FileNotFoundError(
-                    f"{path} was written with other settings: delete {path.parent} or choose another --out"
-                )
+                raise UserError(f"{path} was written with other settings: delete {path.parent} or choose another --out")
             complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
             self.rows = [json.loads(line) for line in complete.splitlines()]
             # A batch is one write, so only its tail can be torn: samples short of candidates are done again.
@@ -461,6 +460,7 @@ def _write_candidates(table: Rows) -> None:
 
 def _print(metrics: dict) -> None:
     console = Console()
+    console.width = max(console.width, 140)
     for split, result in metrics["splits"].items():
         table = Table(title=f"{split}: {result['num_images']} images")
         for column in (

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.cycles import ImageCycle, Reading
@@ -49,12 +50,12 @@ class Finetune(L.LightningModule):
         """Loads what `state_dict` gave.
 
         Raises:
-            ValueError: the checkpoint holds other parameters than this configuration trains.
+            UserError: the checkpoint holds other parameters than this configuration trains.
 
         """
         missing, unknown = self.trained.keys() - state_dict.keys(), state_dict.keys() - self.trained.keys()
         if missing or unknown:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint does not fit the configuration: {len(missing)} trained parameters are not in it "
                 f"({', '.join(sorted(missing)[:3])}), {len(unknown)} in it are not trained "
                 f"({', '.join(sorted(unknown)[:3])}); use the config.yaml of the run the checkpoint comes from"
@@ -134,12 +135,12 @@ class CaptionerFinetune(Finetune):
     def setup(self, stage: str) -> None:
         """Checks that everything the cycle needs is there, and lets it prepare."""
         if not any(p.requires_grad for p in self.captioner.parameters()):
-            raise ValueError("the captioner is frozen: set model.captioner.trainable to what is to be finetuned")
+            raise UserError("the captioner is frozen: set model.captioner.trainable to what is to be finetuned")
         if self.cycle is None:
             return
         for name in self.cycle.needs:
             if getattr(self, name) is None:
-                raise ValueError(f"{type(self.cycle).__name__} needs a {name}: set model.{name}")
+                raise UserError(f"{type(self.cycle).__name__} needs a {name}: set model.{name}")
         self.cycle.prepare(self.captioner, self.partners)
 
     def on_fit_start(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cyclefit import UserError
 from cyclefit.generators import Generator
 from cyclefit.scorers import Scorer
 
@@ -143,7 +144,7 @@ class Denoising(Judge):
         if self.num_others:
             if others is None:
                 if len(images) <= self.num_others:
-                    raise ValueError(
+                    raise UserError(
                         f"contrasting with {self.num_others} other images needs a batch of more than {self.num_others} "
                         f"images, not {len(images)}: raise the batch size or lower num_others"
                     )

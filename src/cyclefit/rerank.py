@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.judges import Judge, Partners
@@ -88,7 +89,7 @@ def with_others(batches: Iterator[Batch], count: int) -> Iterator[tuple[Batch, F
     They are taken from the first 4 x `count` images of the stream, by the sample's key.
 
     Raises:
-        ValueError: the stream holds too few images to contrast with.
+        UserError: the stream holds too few images to contrast with.
 
     """
     if not count:
@@ -102,7 +103,7 @@ def with_others(batches: Iterator[Batch], count: int) -> Iterator[tuple[Batch, F
             break
     keys = [key for batch in held for key in batch.keys][:size]
     if len(keys) <= count:
-        raise ValueError(f"contrasting with {count} other images needs more than the {len(keys)} images there are")
+        raise UserError(f"contrasting with {count} other images needs more than the {len(keys)} images there are")
     pool = torch.cat([batch.images for batch in held])[:size]
 
     def others(batch: Batch) -> Tensor:

@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from ..batch import Batch
+from cyclefit import UserError
+from cyclefit.batch import Batch
 
 log = logging.getLogger("cyclefit.data")
 
@@ -54,7 +55,7 @@ class BadSample(Exception):
     """Why a sample cannot be used, in a few words that repeat from sample to sample."""
 
 
-class UnusableData(ValueError):
+class UnusableData(UserError):
     """Too little of the data can be used to go on; the sentence says what was met."""
 
 

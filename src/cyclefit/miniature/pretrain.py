@@ -88,16 +88,24 @@ def attributes(drawn: list[scenes.Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
+SLOT_TOKENS = {"1": -1, "2": -2}
+"""Where the text encoder keeps each slot (the last padding tokens; what is of neither slot is at -3): the denoiser can
+then attend from a place to the token that says what stands there."""
+
+
 class AttributeHeads(nn.Module):
-    """One linear classifier per attribute on a common feature vector."""
+    """One linear classifier per attribute."""
 
     def __init__(self, width: int):
         super().__init__()
         self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in ATTRIBUTES.values())
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Logits of each attribute, in the order of ATTRIBUTES."""
-        return [head(features) for head in self.heads]
+        """Logits of each attribute, in the order of ATTRIBUTES, from a vector or from a text's hidden states."""
+        if features.dim() == 2:
+            return [head(features) for head in self.heads]
+        tokens = [SLOT_TOKENS.get(name[-1], -3) for name in ATTRIBUTES]
+        return [head(features[:, token]) for head, token in zip(self.heads, tokens, strict=True)]
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the attributes, averaged over the batch."""
@@ -237,9 +245,10 @@ def train_vae(out: Path, seed: int) -> None:
 def train_generator(out: Path, seed: int, vae_folder: Path) -> None:
     """UNet2DConditionModel and CLIPTextModel on the latents, as a StableDiffusionPipeline folder.
 
-    The text encoder first learns to tell a scene's attributes from its caption, some seconds of text only: without it
-    the denoiser rarely learns who stands left of whom. Then both learn to denoise, weighted by min-SNR (Hang et al.,
-    ICCV 2023, arXiv 2303.09556, gamma = 5), with every tenth caption dropped for classifier-free guidance.
+    The text encoder first learns to tell a scene's attributes from its caption, with each slot's on a token of its
+    own, and keeps doing so: without it the denoiser does not learn who stands left of whom. Then both learn to denoise,
+    weighted by min-SNR (Hang et al., ICCV 2023, arXiv 2303.09556, gamma = 5), with every tenth caption dropped for
+    classifier-free guidance.
     """
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from diffusers.training_utils import EMAModel, compute_snr
@@ -268,7 +277,7 @@ def train_generator(out: Path, seed: int, vae_folder: Path) -> None:
     def attribute_loss() -> Tensor:
         index = torch.randint(len(ids[0]), (128,))
         hidden = text_encoder(ids[torch.randint(len(ids), (128,)), index]).last_hidden_state
-        return heads.loss(hidden[:, -1], targets[index])
+        return heads.loss(hidden, targets[index])
 
     train("text_encoder", [*text_encoder.parameters(), *heads.parameters()], attribute_loss, 1e-3)
 
@@ -294,18 +303,21 @@ def train_generator(out: Path, seed: int, vae_folder: Path) -> None:
         steps_offset=1,
     )
     noising = scheduler.add_noise
-    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    parameters = [*unet.parameters(), *text_encoder.parameters(), *heads.parameters()]
     ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
     empty = tokenizer("", padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids[0]
 
     def loss() -> Tensor:
         index = torch.randint(len(latents), (64,))
         text = ids[torch.randint(len(ids), (64,)), index]
-        text[torch.rand(64) < 0.1] = empty
+        kept = torch.rand(64) >= 0.1
+        text[~kept] = empty
         z, noise, t = latents[index], torch.randn(64, *latents.shape[1:]), torch.randint(0, 1000, (64,))
-        predicted = unet(noising(z, noise, t), t, text_encoder(text).last_hidden_state).sample
+        hidden = text_encoder(text).last_hidden_state
+        predicted = unet(noising(z, noise, t), t, hidden).sample
         snr = compute_snr(scheduler, t)
-        return ((predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        denoising = ((predicted - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
+        return denoising + 0.005 * heads.loss(hidden[kept], targets[index[kept]])
 
     train("generator", parameters, loss, 1e-3, after=lambda: ema.step(parameters))
     ema.copy_to(parameters)

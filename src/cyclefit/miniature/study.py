@@ -1,0 +1,193 @@
+"""The study behind docs/results.md: every image cycle against plain finetuning on the miniature world, over seeds.
+
+`python -m cyclefit.miniature.study` chooses each cycle's weight on validation with a seed of its own, finetunes with
+every other seed through `train.py`, captions the test and novel splits, reranks the base model, and writes the tables.
+Runs that are complete are not repeated.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cyclefit.captioners import Blip, Decoding
+from cyclefit.data import evaluation_batches
+from cyclefit.evaluate import load_run
+from cyclefit.loading import freeze
+from cyclefit.metrics.captions import CiderScorer
+from cyclefit.metrics.statistics import seed_interval
+from cyclefit.miniature import WEIGHTS
+
+REWARD = "miniature_cycle_blip_reward.yaml"
+SOFT = "miniature_cycle_blip.yaml"
+REGENERATION = ["--model.cycle.reward=cyclefit.judges.Regeneration", "--model.cycle.reward.steps=5"]
+REGENERATION += ["--model.cycle.reward.guidance_scale=3.0"]
+VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
+    # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
+    "plain": ("miniature_blip.yaml", [], []),
+    "contrastive denoising": (REWARD, [], [0.5, 0.25, 1.0]),
+    "regeneration": (REWARD, REGENERATION, [0.5, 0.25, 1.0]),
+    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [0.5, 0.25, 1.0]),
+    "denoising": (REWARD, ["--model.cycle.reward.num_others=0"], [0.5, 0.25]),
+    "soft, teacher-forced": (SOFT, [], [10.0, 1.0, 30.0]),
+    "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0, 30.0]),
+    "straight-through, sampled": (
+        SOFT,
+        ["--model.cycle.form=straight-through", "--model.cycle.captions=sampled"],
+        [10.0, 1.0, 30.0],
+    ),
+}
+CHOOSING_SEED = 1000
+
+
+def train_run(folder: Path, name: str, variant: str, weight: float | None, seed: int) -> Path:
+    """One run of `train.py` in a process of its own on one thread; nothing where it is already complete."""
+    run = folder / name
+    if (run / "seconds.txt").exists():
+        return run
+    config, overrides, _ = VARIANTS[variant]
+    command = [sys.executable, "train.py", "--config", config, "--runs", str(folder), "--name", name, *overrides]
+    command += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}", "--group=study"]
+    command += ["--model.round_trip_images=0", "--trainer.val_check_interval=100"]
+    command += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    if weight is not None:
+        command.append(f"--model.cycle.weight={weight}")
+    if (run / "checkpoints" / "last.ckpt").exists():
+        command += ["--ckpt_path", "last"]
+    elif run.exists():
+        (run / "config.yaml").unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
+    start = time.perf_counter()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    (run / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
+    return run
+
+
+def validation_cider(run: Path) -> float:
+    """The run's last CIDEr on validation."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["val/CIDEr"] for row in rows if "val/CIDEr" in row][-1]
+
+
+@torch.no_grad()
+def per_image(captioner, split: Path) -> dict[str, list[float]]:
+    """CIDEr and length of one greedy caption of each image of a split."""
+    captions, references = [], []
+    for batch in evaluation_batches(str(split), image_size=32, batch_size=100):
+        captions += [row[0] for row in captioner.sample(batch.images, Decoding(), range(len(batch)))]
+        references += batch.references
+    scores = CiderScorer(references).score(captions)["CIDEr"]
+    return {"CIDEr": (100 * scores).round(4).tolist(), "words": [len(text.split()) for text in captions]}
+
+
+def together(jobs: list, title: str) -> list:
+    """Runs functions without arguments side by side, one per core, behind a progress bar."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        task = progress.add_task(title, total=len(jobs))
+        futures = [pool.submit(job) for job in jobs]
+        for future in futures:
+            future.add_done_callback(lambda _: progress.advance(task))
+        return [future.result() for future in futures]
+
+
+def main() -> None:
+    """Runs the study and writes `study.json` and `table.md` into --out."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--data", type=Path, default=Path("data/miniature"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--choose", action=argparse.BooleanOptionalAction, default=True, help="weights, on validation")
+    arguments = parser.parse_args()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+
+    def slug(variant: str) -> str:
+        return variant.replace(", ", "-").replace(" ", "-")
+
+    weights = {name: (VARIANTS[name][2] or [None])[0] for name in arguments.variants}
+    choices: dict[str, dict[float, float]] = {}
+    if arguments.choose:
+        grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
+        runs = together(
+            [
+                lambda name=name, weight=weight: train_run(
+                    out, f"choose-{slug(name)}-{weight}", name, weight, CHOOSING_SEED
+                )
+                for name, weight in grid
+            ],
+            "choosing weights on validation",
+        )
+        for (name, weight), run in zip(grid, runs, strict=True):
+            choices.setdefault(name, {})[weight] = 100 * validation_cider(run)
+        weights |= {name: max(found, key=found.get) for name, found in choices.items()}
+
+    pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
+    together(
+        [
+            lambda name=name, seed=seed: train_run(out, f"{slug(name)}-{seed}", name, weights[name], seed)
+            for name, seed in pairs
+        ],
+        "finetuning",
+    )
+    splits, results, seconds = ("test", "novel"), {}, {}
+    base = Blip(str(WEIGHTS / "blip"))
+    results["before finetuning"] = {split: [per_image(base, arguments.data / split)] for split in splits}
+    for name in arguments.variants:
+        results[name] = {split: [] for split in splits}
+        for seed in range(arguments.seeds):
+            captioner = freeze(load_run(out / f"{slug(name)}-{seed}")[0])
+            for split in splits:
+                results[name][split].append(per_image(captioner, arguments.data / split))
+        times = [float((out / f"{slug(name)}-{seed}" / "seconds.txt").read_text()) for seed in range(arguments.seeds)]
+        seconds[name] = float(np.mean(times))
+    study = {"weights": weights, "choices": choices, "seconds": seconds, "results": results}
+    (out / "study.json").write_text(json.dumps(study))
+    table = tabulate(study, arguments.seeds)
+    (out / "table.md").write_text(table)
+    print(table)
+
+
+def tabulate(study: dict, seeds: int) -> str:
+    """The study as a Markdown table: means over seeds and images, and differences to plain finetuning."""
+    results, lines = study["results"], []
+    lines += [f"CIDEr of one greedy caption, {seeds} seeds, 95 % intervals over seeds and images.", ""]
+    lines += ["| finetuning | weight | test | against plain | novel | against plain | words | s per run |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name, found in results.items():
+        cells = []
+        for split in ("test", "novel"):
+            matrix = np.array([run["CIDEr"] for run in found[split]])
+            cells.append(f"{matrix.mean():.1f}")
+            if name in ("plain", "before finetuning") or "plain" not in results:
+                cells.append("")
+                continue
+            baseline = np.array([run["CIDEr"] for run in results["plain"][split]])
+            mean, low, high = seed_interval(matrix - baseline)
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        words = np.mean([np.mean(run["words"]) for run in found["test"]])
+        weight, seconds = study["weights"].get(name), study["seconds"].get(name)
+        lines.append(
+            f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
+            f"{'' if seconds is None else f'{seconds:.0f}'} |"
+        )
+    if study["choices"]:
+        lines += ["", "CIDEr on validation by weight, one seed of its own:", ""]
+        lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
+                  for name, found in study["choices"].items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
