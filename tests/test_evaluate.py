@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 JUDGES = {"image cycle": Regeneration(steps=3), "contrastive": Denoising(num_others=2), "image-text": ImageText()}
 
 
-def reranked(captioner, partners, world, batch_size, count=21):
+def reranked(captioner, partners, world, batch_size, count=64):
     """Captions and scores of the first validation images, by key."""
     found = {}
     stream = evaluation_batches(str(world / "validation"), image_size=32, batch_size=batch_size, limit=count)
@@ -30,7 +30,7 @@ def reranked(captioner, partners, world, batch_size, count=21):
 
 def test_results_do_not_depend_on_the_batch_size(captioner, generator, scorer, world):
     partners = Partners(generator, scorer)
-    expected = reranked(captioner, partners, world, 21)
+    expected = reranked(captioner, partners, world, 64)
     for batch_size in (1, 7):
         found = reranked(captioner, partners, world, batch_size)
         assert found.keys() == expected.keys()

@@ -126,6 +126,7 @@ def captions(
     rerank_runs: bool = False,
     image_size: int = 512,
     batch_size: int = 32,
+    num_workers: int = 0,
     limit: int | None = None,
     checkpoint: str = "last",
     gallery: int = 24,
@@ -150,6 +151,7 @@ def captions(
         rerank_runs: rerank the finetuned models too, not only the base.
         image_size: side of the images that are read.
         batch_size: images read together; no influence on the results.
+        num_workers: processes that read images.
         limit: images of each split, all if not given.
         checkpoint: `last` or `best` of each run.
         gallery: images of each split shown in the report.
@@ -168,7 +170,7 @@ def captions(
 
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
-        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p}
+        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p, "limit": limit}
         stamp |= {"judges": {name: repr(judge) for name, judge in judges.items()}, "scorer": scorer.name}
         stamp |= {"models": {name: config.get("steps") for name, (_, config) in models.items()}}
         table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp)
@@ -177,8 +179,10 @@ def captions(
             full = model == "base" or rerank_runs
             decodings = [*single, nucleus if full else replace(nucleus, num_samples=1)]
             used = judges if full else {k: v for k, v in judges.items() if k in ("image cycle", "image-text")}
-            _evaluate(table, split, model, freeze(network.to(device)), partners, used, decodings, urls, folder,
-                      image_size, batch_size, limit, seed)  # fmt: skip
+            stream = evaluation_batches(
+                urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
+            )
+            _evaluate(table, split, model, freeze(network.to(device)), partners, used, decodings, stream, limit, seed)
             network.to("cpu")
 
     results = {split: _results(table, models, judges, partners, num_candidates) for split, table in tables.items()}
@@ -209,26 +213,10 @@ def captions(
     return 0
 
 
-def _evaluate(
-    table,
-    split,
-    model,
-    captioner,
-    partners,
-    judges,
-    decodings,
-    urls,
-    folder,
-    image_size,
-    batch_size,
-    limit,
-    seed,
-) -> None:
+def _evaluate(table, split, model, captioner, partners, judges, decodings, stream, limit, seed) -> None:
     """Appends one model's candidates on one split to its table."""
-    done = table.done(model)
+    done, folder, references = table.done(model), table.path.parent, {}
     contrasted = max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
-    stream = evaluation_batches(urls, image_size=image_size, batch_size=batch_size, limit=limit)
-    references_path, references = folder / f"references-{split}.json", {}
     names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images")]
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
@@ -264,7 +252,7 @@ def _evaluate(
                 ]
             )
         progress.update(task, total=len(references), completed=len(references))
-    _write_json(references_path, references)
+    _write_json(folder / f"references-{split}.json", references)
 
 
 def _save_sources(folder: Path, batch) -> None:

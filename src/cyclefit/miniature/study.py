@@ -154,7 +154,11 @@ def main() -> None:
         seconds[name] = float(np.mean(times))
     study = {"weights": weights, "choices": choices, "seconds": seconds, "results": results}
     (out / "study.json").write_text(json.dumps(study))
-    table = tabulate(study, arguments.seeds)
+    shown = [str(out / f"{slug(name)}-0") for name in ("plain", "contrastive denoising") if name in weights]
+    command = [sys.executable, "evaluate.py", "captions", "--config", "miniature_evaluate.yaml", f"--runs={shown}"]
+    subprocess.run([*command, "--out", str(out / "evaluation")], check=True)
+    metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
+    table = tabulate(study, arguments.seeds) + tabulate_reranking(metrics)
     (out / "table.md").write_text(table)
     print(table)
 
@@ -186,6 +190,29 @@ def tabulate(study: dict, seeds: int) -> str:
         lines += ["", "CIDEr on validation by weight, one seed of its own:", ""]
         lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
                   for name, found in study["choices"].items()]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def tabulate_reranking(metrics: dict) -> str:
+    """The base model reranked by each judge, and CIDEr by the rank each judge gives, as Markdown tables."""
+    lines = ["", "The base model, CIDEr with 95 % intervals over images:", ""]
+    lines += ["| split | decoding | CIDEr | words | images drawn | denoiser calls | s per image |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    for split, result in metrics["splits"].items():
+        for row in (row for row in result["rows"] if row["model"] == "base"):
+            cider = {k: 100 * v for k, v in row["metrics"]["CIDEr"].items()}
+            words = row["metrics"]["words"]["value"]
+            single = row["selection"] == "single"
+            lines.append(
+                f"| {split} | {row['decoding'] if single else 'best by ' + row['selection']} | "
+                f"{cider['value']:.1f} [{cider['low']:.0f}, {cider['high']:.0f}] | {words:.1f} | "
+                f"{row['generator_calls']:.1f} | {row['denoiser_calls']:.0f} | {row['seconds']:.2f} |"
+            )
+    lines += ["", "CIDEr by rank:", ""]
+    for split, result in metrics["splits"].items():
+        for curve in (curve for curve in result["rank_curves"] if curve["model"] == "base"):
+            values = " ".join(f"{100 * point['value']:.0f}" for point in curve["values"])
+            lines.append(f"- {split}, {curve['selection']}: {values}")
     return "\n".join(lines) + "\n"
 
 
