@@ -14,28 +14,29 @@ from cyclefit.scorers import OpenClip
 
 
 def test_loss_is_the_librarys_own(captioner, batch):
-    captions = ["a red circle on the left", "a small blue ring on white"]  # of equal length: one mean or two, the same
-    features = captioner.embed(batch.images[:2])
+    captions = ["a red circle on the left", "a ring", "a small purple star beneath a turquoise triangle on white"]
+    features = captioner.embed(batch.images[:3])
     tokens = captioner.tokenize(captions)
-    assert tokens.shape[1] == 7
-    ids = torch.cat([captioner.prefix.expand(2, -1), tokens], 1)
-    theirs = captioner.model.text_decoder(input_ids=ids, encoder_hidden_states=features, labels=ids).loss
+    ids = torch.cat([captioner.prefix.expand(3, -1), tokens], 1)
+    labels = ids.masked_fill(ids == captioner.pad_token_id, -100)
+    theirs = captioner.model.text_decoder(input_ids=ids, encoder_hidden_states=features, labels=labels).loss
     assert captioner.model.config.text_config.label_smoothing == captioner.label_smoothing == 0.1
-    torch.testing.assert_close(captioner.loss(features, captions).mean(), theirs)
+    ours = captioner.loss(features, captions)
+    assert ours.shape == (3,)
+    torch.testing.assert_close(ours.mean(), theirs)
 
 
-def test_loss_is_per_sample_and_ignores_padding_and_prompt(weights, batch):
+def test_log_prob_ignores_padding_and_prompt(weights, batch):
     captioner = Blip(str(weights / "blip"), prompt="a large")
     assert len(captioner.prefix) == 3
     captions = ["red ring", "small purple star beneath a turquoise triangle on a brown background"]
-    features = captioner.embed(batch.images[:2])
-    together = captioner.loss(features, captions)
+    features, tokens = captioner.embed(batch.images[:2]), captioner.tokenize(captions)
+    together = captioner.log_prob(features, tokens)
     for i in range(2):
-        torch.testing.assert_close(captioner.loss(features[i : i + 1], captions[i : i + 1]), together[i : i + 1])
-    tokens = captioner.tokenize(captions[:1])
-    logits = captioner.logits(features[:1], tokens)
-    expected = cross_entropy(logits[0], tokens[0], reduction="sum")
-    torch.testing.assert_close(-captioner.log_prob(features[:1], tokens)[0], expected)
+        alone = captioner.tokenize(captions[i : i + 1])
+        torch.testing.assert_close(captioner.log_prob(features[i : i + 1], alone), together[i : i + 1])
+        logits = captioner.logits(features[i : i + 1], alone)
+        torch.testing.assert_close(-cross_entropy(logits[0], alone[0], reduction="sum"), together[i])
 
 
 def test_greedy_is_the_librarys_own(captioner, batch):

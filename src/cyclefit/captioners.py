@@ -83,9 +83,13 @@ class Captioner(nn.Module, ABC):
         return -cross_entropy(self.logits(features, tokens), tokens, self.mask(tokens))
 
     def loss_of(self, logits: Float[Tensor, "b l v"], tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b"]:
-        """L_LM = -(1/l) sum_l log p(y_l | y_<l, x), label-smoothed, the mean over a caption's tokens, in nats."""
+        """L_LM = -(1/l) sum_l log p(y_l | y_<l, x), label-smoothed, in nats; l the mean length of the batch's captions.
+
+        Its mean over the batch is the mean over all tokens, as BLIP is trained: dividing each caption by its own length
+        would weigh the end tokens of short captions most, and captions would grow short.
+        """
         mask = self.mask(tokens)
-        return cross_entropy(logits, tokens, mask, self.label_smoothing) / mask.sum(1)
+        return cross_entropy(logits, tokens, mask, self.label_smoothing) / mask.sum(1).mean()
 
     def loss(self, features: Float[Tensor, "b p d"], captions: list[str]) -> Float[Tensor, "b"]:
         """`loss_of` the captions themselves."""

@@ -220,6 +220,16 @@ def run(function) -> None:
     """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
     try:
         sys.exit(function(sys.argv[1:]))
-    except (UserError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        mistake = error if isinstance(error, FileNotFoundError) else _mistake_behind(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def _mistake_behind(error: BaseException | None) -> UserError | None:
+    # jsonargparse wraps what a constructor raises in its own account of the types that were tried.
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error

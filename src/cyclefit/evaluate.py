@@ -209,7 +209,7 @@ def captions(
         _write_candidates(table)
     report = write_report(folder)
     _print(metrics)
-    Console().print(f"report: {report}")
+    print(f"report: {report}")
     return 0
 
 

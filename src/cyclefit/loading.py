@@ -8,20 +8,26 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cyclefit import UserError
+
+
+class MissingModel(UserError, FileNotFoundError):
+    """A model is neither a readable local folder nor to be had from the hub."""
+
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
     """Turns what a hub client raises for missing files or network into one sentence with the way out.
 
     Raises:
-        FileNotFoundError: the model is neither a readable local folder nor to be had from the hub.
+        MissingModel: the model is neither a readable local folder nor to be had from the hub.
 
     """
     try:
         yield
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
+        raise MissingModel(
             f"cannot load the {kind} {name!r}: give the id of a model on the hub (with network access), a local folder "
             f"in the hub's own layout, or set HF_HOME to a cache that holds it ({type(error).__name__}: {reason})"
         ) from error

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cyclefit.loading import freeze, loading, resized
+from cyclefit.loading import MissingModel, freeze, loading, resized
 
 
 class Scorer(nn.Module, ABC):
@@ -46,7 +46,7 @@ class OpenClip(Scorer):
         local = Path(model).is_dir()
         identifier = f"local-dir:{model}" if local else model
         if not local and model not in open_clip.list_models():
-            raise FileNotFoundError(
+            raise MissingModel(
                 f"cannot load the scorer {model!r}: neither a local folder with an open_clip_config.json nor one of "
                 f"open_clip's models ({', '.join(open_clip.list_models()[:8])}, ...)"
             )

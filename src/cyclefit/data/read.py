@@ -275,7 +275,7 @@ class _Decoder:
         size = self.image_size
         stacked = torch.from_numpy(np.empty((len(parts), 3, size, size), np.uint8))
         for place, image in zip(stacked, images, strict=True):
-            place.copy_(torch.from_numpy(image).permute(2, 0, 1))
+            place.numpy()[...] = image.transpose(2, 0, 1)
         return Batch(stacked, list(captions), list(references), list(keys)), report
 
 
