@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader
 
-Uses `--shards` where given, the photographs of `../shared/data/photos` where they exist, else generated JPEGs.
+Uses `--shards` where given, else a folder of real photographs beside the project where there is one, else generated JPEGs.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cyclefit.batch import Batch
 from cyclefit.data import read
-from cyclefit.data.read import Bad, ShardData, decode_image, evaluation_batches, expand_shards
+from cyclefit.data.read import Bad, ShardData, evaluation_batches, expand_shards
 from cyclefit.data.sources import folder_source
 from cyclefit.data.write import write_shards
 
@@ -26,6 +26,10 @@ def encoded(colour=(200, 30, 30), size=(12, 8), format="png", mode="RGB", **opti
     stored = io.BytesIO()
     Image.new(mode, size, colour).save(stored, format, **options)
     return stored.getvalue()
+
+
+def decoded(stored: bytes, *options) -> np.ndarray:
+    return read.decode_image(stored, *options).transpose(1, 2, 0)
 
 
 def tar(path: Path, entries: dict[str, bytes]) -> Path:
@@ -353,11 +357,11 @@ def test_shorter_side_is_resized_and_the_longer_cropped():
     picture[:, 20:40] = 255
     stored = io.BytesIO()
     Image.fromarray(picture).save(stored, "png")
-    assert (decode_image(stored.getvalue(), 20) == 255).all()
-    assert (decode_image(stored.getvalue(), 10)[:, 2:-2] > 250).all()
-    assert (decode_image(stored.getvalue(), 20, (0, 0)) == 0).all()
-    assert (decode_image(stored.getvalue(), 20, (0.999999, 0.999999)) == 0).all()
-    assert decode_image(stored.getvalue(), 33, (0.3, 0.9)).shape == (33, 33, 3)
+    assert (decoded(stored.getvalue(), 20) == 255).all()
+    assert (decoded(stored.getvalue(), 10)[:, 2:-2] > 250).all()
+    assert (decoded(stored.getvalue(), 20, (0, 0)) == 0).all()
+    assert (decoded(stored.getvalue(), 20, (0.999999, 0.999999)) == 0).all()
+    assert decoded(stored.getvalue(), 33, (0.3, 0.9)).shape == (33, 33, 3)
 
 
 def test_crop_in_one_step_equals_resize_then_crop():
@@ -367,7 +371,7 @@ def test_crop_in_one_step_equals_resize_then_crop():
     image.save(stored, "png")
     resized = np.asarray(image.resize((80, 45), Image.Resampling.BICUBIC)).astype(int)
     left = int(0.25 * 36)
-    assert np.abs(decode_image(stored.getvalue(), 45, (0.25, 0.0)) - resized[:, left : left + 45]).max() <= 1
+    assert np.abs(decoded(stored.getvalue(), 45, (0.25, 0.0)) - resized[:, left : left + 45]).max() <= 1
 
 
 def see_through_palette() -> bytes:
@@ -392,7 +396,7 @@ def see_through_palette() -> bytes:
     ],
 )
 def test_modes_are_converted(stored, expected):
-    assert np.abs(decode_image(stored, 8).astype(int) - np.array(expected)).max() <= 3
+    assert np.abs(decoded(stored, 8).astype(int) - np.array(expected)).max() <= 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -406,14 +410,14 @@ def test_orientation_is_followed(orientation):
     exif[0x0112] = orientation
     stored = io.BytesIO()
     (image.transpose(turn) if turn is not None else image).save(stored, "png", exif=exif)
-    assert (decode_image(stored.getvalue(), 16) == upright).all()
+    assert (decoded(stored.getvalue(), 16) == upright).all()
 
 
 def test_large_jpegs_are_decoded_at_a_fraction(monkeypatch):
     drawn = []
     rgb = read._rgb
     monkeypatch.setattr(read, "_rgb", lambda image: drawn.append(image.size) or rgb(image))
-    assert decode_image(encoded(size=(1600, 1200), format="jpeg"), 64).shape == (64, 64, 3)
+    assert decoded(encoded(size=(1600, 1200), format="jpeg"), 64).shape == (64, 64, 3)
     assert drawn == [(200, 150)]
 
 
@@ -422,7 +426,7 @@ def test_a_bomb_is_never_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     for size in ((12, 12), (30, 30)):  # PIL warns above its limit and raises above twice the limit
         with pytest.raises(read.BadSample, match="pixel limit"):
-            decode_image(encoded_before[size], 8)
+            decoded(encoded_before[size], 8)
 
 
 encoded_before = {size: encoded(size=size) for size in ((12, 12), (30, 30))}

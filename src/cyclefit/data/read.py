@@ -141,8 +141,8 @@ def _some(found: list[str], where: str) -> list[str]:
     return found
 
 
-def decode_image(data: bytes, size: int, position=(0.5, 0.5)) -> UInt8[np.ndarray, "size size 3"]:
-    """RGB square, read-only: the shorter side resized to `size` (bicubic, antialiased), the longer one cropped.
+def decode_image(data: bytes, size: int, position=(0.5, 0.5)) -> UInt8[np.ndarray, "3 size size"]:
+    """RGB square: the shorter side resized to `size` (bicubic, antialiased), the longer one cropped.
 
     `position` (x, y) says where to crop, 0 left or top, 1 right or bottom. Orientation tags are followed,
     transparency is laid on white, 16 bits become 8.
@@ -170,14 +170,19 @@ def decode_image(data: bytes, size: int, position=(0.5, 0.5)) -> UInt8[np.ndarra
             edges.append(min(int(where * (room + 1)), room))
         left, top = edges
         if shrink == 1:
-            return np.asarray(image.crop((left, top, left + size, top + size)))
+            return _planes(image.crop((left, top, left + size, top + size)))
         right, bottom = (min((e + size) * shrink, side) for e, side in zip(edges, image.size, strict=True))
         box = (min(left * shrink, right), min(top * shrink, bottom), right, bottom)
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        return _planes(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadSample("above PIL's pixel limit") from None
     except Exception:  # Pillow's plugins raise whatever the broken bytes lead to
         raise BadSample("broken image") from None
+
+
+def _planes(image: Image.Image) -> UInt8[np.ndarray, "3 h w"]:
+    # Half the time of one array of pixels, and no transposing afterwards.
+    return np.stack([np.asarray(band) for band in image.split()])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -272,11 +277,8 @@ class _Decoder:
         if not parts:
             return None, report
         images, captions, references, keys = zip(*parts, strict=True)
-        size = self.image_size
-        stacked = torch.from_numpy(np.empty((len(parts), 3, size, size), np.uint8))
-        for place, image in zip(stacked, images, strict=True):
-            place.numpy()[...] = image.transpose(2, 0, 1)
-        return Batch(stacked, list(captions), list(references), list(keys)), report
+        images = torch.from_numpy(np.stack(images))
+        return Batch(images, list(captions), list(references), list(keys)), report
 
 
 def _raw_samples(url: str, note) -> Iterator[dict]:
