@@ -2,7 +2,8 @@
 
     python -m benchmarks.loader
 
-Uses `--shards` where given, else a folder of real photographs beside the project where there is one, else generated JPEGs.
+Uses `--shards` where given, else a folder of real photographs beside the project where there is one, else
+generated JPEGs.
 """
 
 import argparse
