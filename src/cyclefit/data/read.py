@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -494,10 +495,21 @@ class _EvaluationStream(IterableDataset):
         yield decoder.batch(parts)
 
 
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the fit ends in its own time and still needs its batches.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _read(stream: IterableDataset, num_workers: int, bad: Bad) -> Iterator[Batch]:
     """The stream's batches with float images; counts, warns of and limits bad samples."""
     # A generator of its own: the loader would draw its base seed from the model's random state.
-    loader = DataLoader(stream, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_interrupt,
+    )
     for batch, report in loader:
         bad.add(report.seen, report.records, warn=True)
         bad.check()
