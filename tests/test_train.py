@@ -125,6 +125,19 @@ def test_a_run_leaves_everything_in_its_folder(launch):
     assert sorted(path.name for path in run.parent.iterdir()) == before
 
 
+def test_last_is_the_newest_state_and_best_the_best_by_cider(launch):
+    """A learning rate that wrecks the captions: CIDEr falls after the first validation."""
+    run = launch("miniature_blip.yaml", "falls", "--model.optimizer.init_args.lr=0.5", "--model.warmup_steps=0", steps=5)
+    cider = values(run, "val/CIDEr")
+    assert cider[1] > cider[3], cider
+    best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 2
+    assert checkpoint(run)["global_step"] == 5, "what was trained after the last validation is lost"
+    launch("miniature_blip.yaml", "falls", "--ckpt_path=last", steps=6)
+    assert checkpoint(run)["global_step"] == 6
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(launch):
     run = launch("miniature_blip.yaml", "decoder", steps=2)
     with pytest.raises(ValueError, match="does not fit the configuration"):

@@ -98,6 +98,19 @@ class SaveRunConfig(SaveConfigCallback):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt`, the newest state: at the end of every validation, and wherever the fit ends.
+
+    ModelCheckpoint's own `save_last` beside a `monitor` writes only where the metric improved.
+    """
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves the last step, if it is not saved yet."""
+        path = Path(self.dirpath) / f"{self.filename}.ckpt"
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_checkpoint(trainer, str(path))
+
+
 class StopOnSignal(Callback):
     """Ctrl-C ends the fit after the step at hand, with a checkpoint; a second one ends it at once."""
 
@@ -155,11 +168,11 @@ class RunCLI(LightningCLI):
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = [JsonlLogger(self.folder), self._wandb()]
         self.stop = StopOnSignal()
-        # The newest state at the end of every validation and every quarter of an hour, and the best by CIDEr.
-        checkpoints = self.folder / "checkpoints"
-        best = ModelCheckpoint(checkpoints, "best", monitor="val/CIDEr", mode="max", save_last=True)
-        timed = ModelCheckpoint(checkpoints, "timed", train_time_interval=timedelta(minutes=15))
-        self.trainer_defaults["callbacks"] = [self.stop, best, timed, *self._progress()]
+        checkpoints, newest = self.folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
+        best = ModelCheckpoint(checkpoints, "best", monitor="val/CIDEr", mode="max", enable_version_counter=False)
+        timed = ModelCheckpoint(checkpoints, **newest, train_time_interval=timedelta(minutes=15))
+        last = LastCheckpoint(checkpoints, **newest)
+        self.trainer_defaults["callbacks"] = [self.stop, best, timed, last, *self._progress()]
         return super().instantiate_trainer(**kwargs)
 
     def _progress(self) -> list[Callback]:

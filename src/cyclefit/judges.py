@@ -118,12 +118,14 @@ class Regeneration(Judge):
 class Denoising(Judge):
     """-E_{t, eps} || eps - eps_theta(z_t, t, tau(y)) ||^2 on the source latents.
 
-    With `num_others` > 0 contrastive: E_{t, eps}[err(x_j, y) - err(x, y)], err the denoising error under caption y and
-    x_j other images: the generator's own estimate of how much y tells about x and about no other. Timesteps and noise
-    are shared by all candidates of an image and by the images contrasted.
+    With `num_others` > 0 contrastive: E_{t, eps}[contrast err(x_j, y) - err(x, y)], err the denoising error under
+    caption y and x_j other images: the generator's own estimate of how much y tells about x and about no other.
+    Timesteps and noise are shared by all candidates of an image and by the images contrasted. The plain error likes
+    short, safe captions, the full contrast long ones; in between, length stays what it was.
     """
 
     num_others: int = 0
+    contrast: float = 1.0
     min_timestep: int = 400
     max_timestep: int = 700
     num_timesteps: int = 2
@@ -153,7 +155,7 @@ class Denoising(Judge):
                 latents += [generator.encode_images(others[:, k]) for k in range(self.num_others)]
         noise = generator.noise(seeds)
         edges = torch.linspace(self.min_timestep, self.max_timestep, self.num_timesteps + 1)
-        signs = [-1.0] + [1.0 / max(self.num_others, 1)] * self.num_others
+        signs = [-1.0] + [self.contrast / max(self.num_others, 1)] * self.num_others
         total = torch.zeros(len(pairs), device=device)
         for t in ((edges[1:] + edges[:-1]) / 2).long().tolist():
             for sign, z in zip(signs, latents, strict=True):

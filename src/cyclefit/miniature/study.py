@@ -25,6 +25,7 @@ from cyclefit.loading import freeze
 from cyclefit.metrics.captions import CiderScorer
 from cyclefit.metrics.statistics import seed_interval
 from cyclefit.miniature import WEIGHTS
+from cyclefit.rerank import sample_seed
 
 REWARD = "miniature_cycle_blip_reward.yaml"
 SOFT = "miniature_cycle_blip.yaml"
@@ -73,21 +74,28 @@ def train_run(folder: Path, name: str, variant: str, weight: float | None, seed:
     return run
 
 
-def validation_cider(run: Path) -> float:
-    """The run's last CIDEr on validation."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["val/CIDEr"] for row in rows if "val/CIDEr" in row][-1]
+def validation_cider(run: Path, data: Path) -> float:
+    """The run's CIDEr on validation, one nucleus sample."""
+    return float(np.mean(per_image(freeze(load_run(run)[0]), data / "validation")["nucleus"]["CIDEr"]))
 
 
 @torch.no_grad()
-def per_image(captioner, split: Path) -> dict[str, list[float]]:
-    """CIDEr and length of one greedy caption of each image of a split."""
-    captions, references = [], []
+def per_image(captioner, split: Path, samples: int = 4) -> dict[str, dict[str, list[float]]]:
+    """CIDEr and length per image of a split: of one greedy caption, and the mean over `samples` nucleus samples."""
+    texts, references = {"greedy": [], "nucleus": []}, []
+    decodings = {"greedy": Decoding(), "nucleus": Decoding("nucleus", samples)}
     for batch in evaluation_batches(str(split), image_size=32, batch_size=100):
-        captions += [row[0] for row in captioner.sample(batch.images, Decoding(), range(len(batch)))]
+        seeds = [sample_seed(key) for key in batch.keys]
+        for name, decoding in decodings.items():
+            texts[name] += captioner.sample(batch.images, decoding, seeds)
         references += batch.references
-    scores = CiderScorer(references).score(captions)["CIDEr"]
-    return {"CIDEr": (100 * scores).round(4).tolist(), "words": [len(text.split()) for text in captions]}
+    scorer, result = CiderScorer(references), {}
+    for name, rows in texts.items():
+        flat, images = zip(*[(text, i) for i, row in enumerate(rows) for text in row], strict=True)
+        cider = 100 * scorer.score(list(flat), list(images))["CIDEr"].reshape(len(rows), -1).mean(1)
+        words = [np.mean([len(text.split()) for text in row]) for row in rows]
+        result[name] = {"CIDEr": cider.round(4).tolist(), "words": words}
+    return result
 
 
 def together(jobs: list, title: str) -> list:
@@ -130,7 +138,7 @@ def main() -> None:
             "choosing weights on validation",
         )
         for (name, weight), run in zip(grid, runs, strict=True):
-            choices.setdefault(name, {})[weight] = 100 * validation_cider(run)
+            choices.setdefault(name, {})[weight] = validation_cider(run, arguments.data)
         weights |= {name: max(found, key=found.get) for name, found in choices.items()}
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
@@ -164,33 +172,34 @@ def main() -> None:
 
 
 def tabulate(study: dict, seeds: int) -> str:
-    """The study as a Markdown table: means over seeds and images, and differences to plain finetuning."""
+    """The study as Markdown tables, one per decoding: means over seeds and images, and differences to plain."""
     results, lines = study["results"], []
-    lines += [f"CIDEr of one greedy caption, {seeds} seeds, 95 % intervals over seeds and images.", ""]
-    lines += ["| finetuning | weight | test | against plain | novel | against plain | words | s per run |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for name, found in results.items():
-        cells = []
-        for split in ("test", "novel"):
-            matrix = np.array([run["CIDEr"] for run in found[split]])
-            cells.append(f"{matrix.mean():.1f}")
-            if name in ("plain", "before finetuning") or "plain" not in results:
-                cells.append("")
-                continue
-            baseline = np.array([run["CIDEr"] for run in results["plain"][split]])
-            mean, low, high = seed_interval(matrix - baseline)
-            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-        words = np.mean([np.mean(run["words"]) for run in found["test"]])
-        weight, seconds = study["weights"].get(name), study["seconds"].get(name)
-        lines.append(
-            f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
-            f"{'' if seconds is None else f'{seconds:.0f}'} |"
-        )
+    for decoding, title in (("nucleus", "one nucleus sample"), ("greedy", "one greedy caption")):
+        lines += ["", f"CIDEr of {title}, {seeds} seeds, 95 % intervals over seeds and images.", ""]
+        lines += ["| finetuning | weight | test | against plain | novel | against plain | words | s per run |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for name, found in results.items():
+            cells = []
+            for split in ("test", "novel"):
+                matrix = np.array([run[decoding]["CIDEr"] for run in found[split]])
+                cells.append(f"{matrix.mean():.1f}")
+                if name in ("plain", "before finetuning") or "plain" not in results:
+                    cells.append("")
+                    continue
+                baseline = np.array([run[decoding]["CIDEr"] for run in results["plain"][split]])
+                mean, low, high = seed_interval(matrix - baseline)
+                cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+            words = np.mean([np.mean(run[decoding]["words"]) for run in found["test"]])
+            weight, seconds = study["weights"].get(name), study["seconds"].get(name)
+            lines.append(
+                f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
+                f"{'' if seconds is None else f'{seconds:.0f}'} |"
+            )
     if study["choices"]:
-        lines += ["", "CIDEr on validation by weight, one seed of its own:", ""]
+        lines += ["", "CIDEr of one nucleus sample on validation by weight, one seed of its own:", ""]
         lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
                   for name, found in study["choices"].items()]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def tabulate_reranking(metrics: dict) -> str:
