@@ -187,7 +187,7 @@ class Blip(Captioner):
         mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        freeze(self.model)
+        freeze(self)
         self._unfreeze(trainable, lora_rank)
 
     def _unfreeze(self, trainable: Trainable | None, lora_rank: int) -> None:

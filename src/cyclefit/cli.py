@@ -169,10 +169,11 @@ class RunCLI(LightningCLI):
             kwargs["logger"] = [JsonlLogger(self.folder), self._wandb()]
         self.stop = StopOnSignal()
         checkpoints, newest = self.folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
-        best = ModelCheckpoint(checkpoints, "best", monitor="val/CIDEr", mode="max", enable_version_counter=False)
+        monitor = self.model.monitor
+        best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         timed = ModelCheckpoint(checkpoints, **newest, train_time_interval=timedelta(minutes=15))
         last = LastCheckpoint(checkpoints, **newest)
-        self.trainer_defaults["callbacks"] = [self.stop, best, timed, last, *self._progress()]
+        self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), timed, last, *self._progress()]
         return super().instantiate_trainer(**kwargs)
 
     def _progress(self) -> list[Callback]:

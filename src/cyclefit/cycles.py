@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cyclefit import UserError
 from cyclefit.bridge import Bridge
-from cyclefit.captioners import Captioner, Decoding
+from cyclefit.captioners import Captioner, Decoding, cross_entropy
+from cyclefit.generators import Generator
 from cyclefit.judges import Judge, Partners
 from cyclefit.loading import freeze
 
@@ -207,3 +208,183 @@ def leave_one_out(rewards: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     """A_k = r_k - mean_{j != k} r_j."""
     k = rewards.shape[1]
     return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
+
+
+class TextCycle(nn.Module, ABC):
+    """y -> x -> y': how much of a caption a captioner and CLIP find in what the generator makes of it.
+
+    The images come from `draw`; the loss of one with the caption y it was made from is
+    L = NLL(y | x) [- NLL(y_other | x)] + image_text_weight (1 - f(x, y)) + text_weight (1 - f_text(y, y')),
+    NLL the captioner's, in nats per token; y_other another caption of the batch; y' the captioner's soft caption of x,
+    teacher-forced on y, embedded by CLIP's text tower through the vocabulary bridge.
+
+    Args:
+        weight: of the loss beside the generator's own.
+        contrastive: subtract the captioner's NLL of the batch's next caption on the same image.
+        image_text_weight: of CLIP's term of image and caption; 0 needs no scorer.
+        text_weight: of CLIP's term of the two captions; 0 needs no scorer. The generator and the scorer must share a
+            vocabulary, as Stable Diffusion and OpenAI's CLIP do.
+        num_images: images of the batch that take part, all if None.
+
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        contrastive: bool = False,
+        image_text_weight: float = 0.0,
+        text_weight: float = 0.0,
+        num_images: int | None = None,
+    ):
+        super().__init__()
+        self.weight = weight
+        self.contrastive = contrastive
+        self.image_text_weight = image_text_weight
+        self.text_weight = text_weight
+        self.num_images = num_images
+        self.bridge: Bridge | None = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Which of the partners it asks for."""
+        return ("captioner", "scorer") if self.image_text_weight or self.text_weight else ("captioner",)
+
+    def prepare(self, generator: Generator, partners: Partners) -> None:
+        """Called once, before the first step: builds the bridge to the scorer where one is asked for.
+
+        Raises:
+            UserError: the scorer reads another vocabulary than the generator.
+
+        """
+        if not self.text_weight:
+            return
+        captioner, table = partners.captioner, partners.scorer.token_embedding
+        if len(table) != len(generator.tokenizer):
+            raise UserError(
+                f"text_weight needs a scorer with the generator's vocabulary of {len(generator.tokenizer)} tokens, not "
+                f"{len(table)}: choose a CLIP with OpenAI's, or set text_weight to 0"
+            )
+        self.bridge = Bridge(captioner.tokenizer, generator.tokenizer, table, captioner.vocab_size)
+
+    @abstractmethod
+    def draw(
+        self, generator: Generator, images: Float[Tensor, "b 3 h w"], captions: list[str], seeds: Sequence[int]
+    ) -> tuple[Float[Tensor, "b 3 h2 w2"], Float[Tensor, "b"]]:
+        """Images made from the captions, with gradient into what is trained, and a weight for each one's loss."""
+
+    def forward(
+        self,
+        generator: Generator,
+        partners: Partners,
+        images: Float[Tensor, "b 3 h w"],
+        captions: list[str],
+        seeds: Sequence[int],
+    ) -> tuple[Float[Tensor, "m"], dict[str, Tensor]]:
+        """The unweighted loss of m <= b samples, and scalars to log; `seeds` has one number per image.
+
+        Carries gradient into what is trained of the generator and nothing else.
+        """
+        count = self.num_images or len(captions)
+        images, captions, seeds = images[:count], captions[:count], seeds[:count]
+        drawn, weights = self.draw(generator, images, captions, seeds)
+        captioner, scorer = partners.captioner, partners.scorer
+        features, tokens = captioner.embed(drawn), captioner.tokenize(captions)
+        logits = captioner.logits(features, tokens)
+        loss = nll = self._nll(captioner, logits, tokens)
+        logs = {"caption_nll": nll.detach().mean()}
+        if self.contrastive:
+            others = tokens.roll(1, 0)
+            other = self._nll(captioner, captioner.logits(features, others), others)
+            loss = nll - other
+            logs["other_caption_nll"] = other.detach().mean()
+        if self.image_text_weight or self.text_weight:
+            texts = scorer.embed_texts(captions)
+        if self.image_text_weight:
+            similarity = (scorer.embed_images(drawn) * texts).sum(-1)
+            loss = loss + self.image_text_weight * (1 - similarity)
+            logs["image_text_similarity"] = similarity.detach().mean()
+        if self.text_weight:
+            lengths = (captioner.mask(tokens).sum(1) - 1).long()
+            soft = self.bridge.soft(logits.float().softmax(-1), lengths)
+            similarity = (scorer.embed_soft_texts(soft, lengths) * texts).sum(-1)
+            loss = loss + self.text_weight * (1 - similarity)
+            logs["text_similarity"] = similarity.detach().mean()
+        return weights * loss, logs
+
+    @staticmethod
+    def _nll(captioner: Captioner, logits: Float[Tensor, "b l v"], tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b"]:
+        mask = captioner.mask(tokens)
+        return cross_entropy(logits, tokens, mask) / mask.sum(1)
+
+
+class OneStepCaptioning(TextCycle):
+    """The text cycle through the closed-form x0 (Li et al., ICCV 2023, arXiv 2212.12249, section 3.2).
+
+    x0_hat = (z_t - sigma_t eps_theta(z_t, t, tau(y))) / alpha_t on the noised latents of y's own image, decoded.
+
+    Args:
+        min_timestep: lowest timestep drawn.
+        max_timestep: highest timestep drawn, exclusive; x0_hat is a picture at low noise only.
+        weighting: `uniform`, or `snr`: each loss times alpha_t^2, the share of signal at its timestep.
+        terms: see TextCycle.
+
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        min_timestep: int = 0,
+        max_timestep: int = 300,
+        weighting: Literal["uniform", "snr"] = "uniform",
+        contrastive: bool = False,
+        image_text_weight: float = 0.0,
+        text_weight: float = 0.0,
+        num_images: int | None = None,
+    ):
+        super().__init__(weight, contrastive, image_text_weight, text_weight, num_images)
+        self.min_timestep = min_timestep
+        self.max_timestep = max_timestep
+        self.weighting = weighting
+
+    def draw(self, generator, images, captions, seeds) -> tuple[Float[Tensor, "b 3 h2 w2"], Float[Tensor, "b"]]:
+        """D(x0_hat) of each image's own latents, and 1 or alpha_t^2."""
+        latents = generator.encode_images(images)
+        timesteps = torch.randint(self.min_timestep, self.max_timestep, (len(latents),)).to(latents.device)
+        drawn = generator.one_step(latents, generator.encode_texts(captions), timesteps, generator.noise(seeds))
+        snr = generator.snr(timesteps)
+        return drawn, snr / (1 + snr) if self.weighting == "snr" else torch.ones_like(snr)
+
+
+class TruncatedSampling(TextCycle):
+    """The text cycle through sampled images, gradient through the last K steps of the solver.
+
+    DRaFT-K (Clark et al., ICLR 2024, arXiv 2309.17400), with the captioner as the reward.
+
+    Args:
+        grad_steps: K; 0 gives no gradient at all.
+        steps: S; the generator's own number if None.
+        guidance_scale: of the sampling; the generator's own if None.
+        terms: see TextCycle.
+
+    """
+
+    def __init__(
+        self,
+        weight: float = 1.0,
+        grad_steps: int = 1,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        contrastive: bool = False,
+        image_text_weight: float = 0.0,
+        text_weight: float = 0.0,
+        num_images: int | None = None,
+    ):
+        super().__init__(weight, contrastive, image_text_weight, text_weight, num_images)
+        self.grad_steps = grad_steps
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+
+    def draw(self, generator, images, captions, seeds) -> tuple[Float[Tensor, "b 3 h2 w2"], Float[Tensor, "b"]]:
+        """SD(y) from each sample's own noise."""
+        drawn = generator.generate(captions, seeds, self.steps, self.guidance_scale, self.grad_steps)
+        return drawn, torch.ones(len(drawn), device=drawn.device)

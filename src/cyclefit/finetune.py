@@ -1,6 +1,7 @@
 """Finetuning as LightningModules: a model's own loss plus a cycle reconstruction loss through frozen partners."""
 
 import textwrap
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -9,21 +10,22 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner, Decoding
-from cyclefit.cycles import ImageCycle, Reading
+from cyclefit.cycles import ImageCycle, Reading, TextCycle
 from cyclefit.generators import Generator
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
 from cyclefit.metrics.aggregation import CaptionMetrics
+from cyclefit.rerank import sample_seed
 from cyclefit.scorers import Scorer
 
 
-class Finetune(L.LightningModule):
+class Finetune(L.LightningModule, ABC):
     """What finetuning either model shares: what is trained and saved, the optimizer, reproducible steps.
 
     A checkpoint holds the parameters that are trained and no others.
@@ -34,8 +36,14 @@ class Finetune(L.LightningModule):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.seed = seed
+        self._samples: list[tuple[Tensor, Tensor | None, str, float]] = []
         # The frozen models are not in the checkpoint; `load_state_dict` checks that all the rest is.
         self.strict_loading = False
+
+    @property
+    def monitor(self) -> str | None:
+        """What `best.ckpt` is the highest of."""
+        return "val/CIDEr"
 
     @property
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -65,8 +73,17 @@ class Finetune(L.LightningModule):
     def configure_optimizers(self):
         """The optimizer over what is trained, with linear warm-up."""
         optimizer = self.optimizer(list(self.trained.values()))
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.warm_up(optimizer), "interval": "step"}}
+
+    def warm_up(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear warm-up over `warmup_steps`."""
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
+
+    def require(self, cycle: ImageCycle | TextCycle) -> None:
+        """Checks that the frozen models a cycle asks for are there."""
+        for name in cycle.needs:
+            if getattr(self, name) is None:
+                raise UserError(f"{type(cycle).__name__} needs a {name}: set model.{name}")
 
     def freeze_partner(self, name: str) -> None:
         """Checks that a frozen model is there and frozen, in bf16 where the run is on a GPU."""
@@ -79,12 +96,48 @@ class Finetune(L.LightningModule):
             raise RuntimeError(f"the {name} must be frozen: {(training + learning)[0] or name} is in training mode")
         half_on_gpu(module)
 
+    @abstractmethod
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one batch, and scalars to log."""
+
+    @abstractmethod
+    def validation_results(self) -> dict[str, Tensor]:
+        """What this validation measured, by name; everything is reset."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective, logged by its parts."""
+        loss, logs = self.objective(batch, self.step_seeds(batch_idx, len(batch)))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what was measured and saves the sample grid."""
+        results = self.validation_results()
+        self.log_dict({f"val/{name}": value for name, value in results.items()})
+        if "CIDEr" in results:
+            self.log("CIDEr", results["CIDEr"], prog_bar=True, logger=False)
+        self.save_grid()
+
     def step_seeds(self, batch_idx: int, count: int) -> list[int]:
         """Seeds by the run's seed, the step and the rank alone, so that a resumed run repeats them."""
         entropy = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         seeds = np.random.SeedSequence(entropy).generate_state(count + 1).tolist()
         torch.manual_seed(seeds[-1])
         return seeds[:-1]
+
+    def save_grid(self) -> None:
+        """Saves this validation's samples as one picture, on disk and to W&B, and forgets them."""
+        samples, self._samples = self._samples, []
+        if not samples or not self.trainer.is_global_zero or self.trainer.sanity_checking:
+            return
+        grid = sample_grid(samples)
+        folder = Path(self.trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid.save(folder / f"step-{self.global_step:07d}.png")
+        for logger in self.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("val/samples", [grid], caption=[f"step {self.global_step}"])
 
 
 class CaptionerFinetune(Finetune):
@@ -125,7 +178,6 @@ class CaptionerFinetune(Finetune):
         self.decoding = Decoding(max_new_tokens=max_new_tokens)
         self.caption_metrics = CaptionMetrics()
         self.image_similarity = MeanMetric()
-        self._samples: list[tuple[Tensor, Tensor | None, str, float]] = []
 
     @property
     def partners(self) -> Partners:
@@ -136,12 +188,9 @@ class CaptionerFinetune(Finetune):
         """Checks that everything the cycle needs is there, and lets it prepare."""
         if not any(p.requires_grad for p in self.captioner.parameters()):
             raise UserError("the captioner is frozen: set model.captioner.trainable to what is to be finetuned")
-        if self.cycle is None:
-            return
-        for name in self.cycle.needs:
-            if getattr(self, name) is None:
-                raise UserError(f"{type(self.cycle).__name__} needs a {name}: set model.{name}")
-        self.cycle.prepare(self.captioner, self.partners)
+        if self.cycle is not None:
+            self.require(self.cycle)
+            self.cycle.prepare(self.captioner, self.partners)
 
     def on_fit_start(self) -> None:
         """Asserts that what is frozen is frozen and what is trained trains."""
@@ -152,28 +201,24 @@ class CaptionerFinetune(Finetune):
         if idle := [name for name in trains if not modes[name].training]:
             raise RuntimeError(f"captioner.{idle[0]} is to be trained but in eval mode")
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """L_LM + weight L_cycle, one pass of the captioner over the reference captions for both."""
-        seeds = self.step_seeds(batch_idx, len(batch))
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_LM + weight L_cycle, one pass of the captioner over the reference captions for both; scalars to log."""
         features = self.captioner.embed(batch.images)
         tokens = self.captioner.tokenize(batch.captions)
         logits = self.captioner.logits(features, tokens)
         language = self.captioner.loss_of(logits, tokens).mean()
-        logs = {"train/lm": language.detach()}
+        logs = {"lm": language.detach()}
         loss = language
         if self.cycle is not None:
             reading = Reading(batch.images, features, tokens, logits)
             cycle, details = self.cycle(self.captioner, self.partners, reading, seeds)
             loss = language + self.cycle.weight * cycle.mean()
-            logs["train/cycle"] = cycle.detach().mean()
-            logs |= {f"train/{name}": value for name, value in details.items()}
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(logs, batch_size=len(batch))
-        return loss
+            logs |= {"cycle": cycle.detach().mean(), **details}
+        return loss, logs
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Greedy captions against all references; the first images are regenerated from theirs."""
-        seeds = list(range(batch_idx * len(batch), (batch_idx + 1) * len(batch)))
+        seeds = [sample_seed(key) for key in batch.keys]
         captions = [row[0] for row in self.captioner.sample(batch.images, self.decoding, seeds)]
         self.caption_metrics.update(captions, batch.references)
         room = self.round_trip_images - len(self._samples)
@@ -185,28 +230,300 @@ class CaptionerFinetune(Finetune):
         self.image_similarity.update(similarities)
         self._samples += zip(images.cpu(), drawn.cpu(), captions[:room], similarities.tolist(), strict=True)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics and saves the sample grid."""
+    def validation_results(self) -> dict[str, Tensor]:
+        """Caption metrics of the greedy captions, image similarity of the round trip."""
         scores = self.caption_metrics.compute()
         self.caption_metrics.reset()
-        logged = {f"val/{name}": scores[name] for name in ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L", "words")}
+        results = {name: scores[name] for name in ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L", "words")}
         if self.round_trip_images and self.generator is not None and self.scorer is not None:
-            logged[f"val/image_similarity/{self.scorer.name.replace('/', '-')}"] = self.image_similarity.compute()
+            results[f"image_similarity/{self.scorer.label}"] = self.image_similarity.compute()
             self.image_similarity.reset()
-        self.log_dict(logged)
-        self.log("CIDEr", scores["CIDEr"], prog_bar=True, logger=False)
-        if self._samples and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self._save_grid()
-        self._samples = []
+        return results
 
-    def _save_grid(self) -> None:
-        grid = sample_grid(self._samples)
-        folder = Path(self.trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        grid.save(folder / f"step-{self.global_step:07d}.png")
-        for logger in self.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image("val/samples", [grid], caption=[f"step {self.global_step}"])
+
+class GeneratorFinetune(Finetune):
+    """L = L_denoise(x, y) + weight L_cycle: adapters of a generator finetuned with a text cycle (Li et al., ICCV 2023).
+
+    Args:
+        generator: what is finetuned, with `lora`.
+        captioner: frozen; None where neither the cycle nor validation needs one.
+        scorer: frozen; as the captioner.
+        held_out: a second scorer, which nothing is trained on; validation shows it beside the first.
+        cycle: None is the baseline.
+        optimizer: from the trained parameters to an optimizer.
+        warmup_steps: steps until the full learning rate.
+        snr_gamma: min-SNR weight of the denoising loss; None weighs all timesteps alike.
+        caption_dropout: share of captions emptied for the denoising loss, which keeps guidance working.
+        ema_decay: validation, evaluation and export use this moving average of the trained parameters; None for none.
+        validation_images: prompts drawn at validation.
+        seed: of everything random in a step.
+
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        captioner: Captioner | None = None,
+        scorer: Scorer | None = None,
+        held_out: Scorer | None = None,
+        cycle: TextCycle | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        snr_gamma: float | None = 5.0,
+        caption_dropout: float = 0.1,
+        ema_decay: float | None = None,
+        validation_images: int = 64,
+        seed: int = 0,
+    ):
+        super().__init__(optimizer, warmup_steps, seed)
+        self.generator = generator
+        self.captioner = captioner
+        self.scorer = scorer
+        self.held_out = held_out
+        self.cycle = cycle
+        self.snr_gamma = snr_gamma
+        self.caption_dropout = caption_dropout
+        self.ema_decay = ema_decay
+        self.validation_images = validation_images
+        self.caption_metrics = CaptionMetrics()
+        self.scorers = {s.label: s for s in (scorer, held_out) if s is not None}
+        names = [f"{kind}/{label}" for kind in ("image_similarity", "image_text_similarity") for label in self.scorers]
+        if captioner is not None:
+            names += ["caption_nll", *[f"text_similarity/{label}" for label in self.scorers]]
+        self.means = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.ema = None
+        self._seen = 0
+
+    @property
+    def monitor(self) -> str | None:
+        """CIDEr of what the captioner says of the drawn images, or what comes nearest."""
+        if self.captioner is not None:
+            return "val/CIDEr"
+        return f"val/image_similarity/{next(iter(self.scorers))}" if self.scorers else None
+
+    @property
+    def partners(self) -> Partners:
+        """The frozen models."""
+        return Partners(scorer=self.scorer, captioner=self.captioner)
+
+    def setup(self, stage: str) -> None:
+        """Checks that everything the cycle needs is there, lets it prepare, starts the moving average."""
+        if not any(p.requires_grad for p in self.generator.parameters()):
+            raise UserError("the generator is frozen: set model.generator.lora, for instance to {rank: 8}")
+        if self.cycle is not None:
+            self.require(self.cycle)
+            self.cycle.prepare(self.generator, self.partners)
+        if self.ema_decay is not None and self.ema is None:
+            from diffusers.training_utils import EMAModel
+
+            self.ema = EMAModel(list(self.trained.values()), decay=self.ema_decay, use_ema_warmup=True, power=0.75)
+
+    def on_fit_start(self) -> None:
+        """Asserts that what is frozen is frozen; on a GPU everything but the adapters goes to bf16."""
+        for name in ("captioner", "scorer", "held_out"):
+            self.freeze_partner(name)
+        half_frozen(self.generator)
+        if self.ema is not None:
+            self.ema.to(self.device)
+
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_denoise + weight L_cycle; scalars to log."""
+        kept = (torch.rand(len(batch)) >= self.caption_dropout).tolist()
+        captions = [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
+        denoising = self.generator.loss(batch.images, captions, self.snr_gamma).mean()
+        logs, loss = {"denoising": denoising.detach()}, denoising
+        if self.cycle is not None:
+            cycle, details = self.cycle(self.generator, self.partners, batch.images, batch.captions, seeds)
+            loss = denoising + self.cycle.weight * cycle.mean()
+            logs |= {"cycle": cycle.detach().mean(), **details}
+        return loss, logs
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """The optimizer's step, then the moving average's."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.step(list(self.trained.values()))
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Adds the moving average."""
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Continues the moving average."""
+        if self.ema is not None and "ema" in checkpoint:
+            self.ema.load_state_dict(checkpoint["ema"])
+
+    def on_validation_epoch_start(self) -> None:
+        """Validates the moving average where there is one."""
+        if self.ema is not None:
+            self.ema.store(list(self.trained.values()))
+            self.ema.copy_to(list(self.trained.values()))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Draws the first prompts, captions what was drawn, and scores both with both scorers."""
+        room = self.validation_images - self._seen
+        self._seen += len(batch)
+        if room <= 0:
+            return
+        images, prompts, references = batch.images[:room], batch.captions[:room], batch.references[:room]
+        seeds = [sample_seed(key) for key in batch.keys[:room]]
+        drawn, captions, values, similarities = self.generator.generate(prompts, seeds), prompts, {}, [0.0] * len(seeds)
+        if self.captioner is not None:
+            features, tokens = self.captioner.embed(drawn), self.captioner.tokenize(prompts)
+            values["caption_nll"] = -self.captioner.log_prob(features, tokens) / self.captioner.mask(tokens).sum(1)
+            captions = self.captioner.decode(self.captioner.generate(features, Decoding(), seeds)[:, 0])
+            self.caption_metrics.update(captions, references)
+        for label, scorer in self.scorers.items():
+            embedded, texts = scorer.embed_images(drawn), scorer.embed_texts(prompts)
+            values[f"image_similarity/{label}"] = (scorer.embed_images(images) * embedded).sum(-1)
+            values[f"image_text_similarity/{label}"] = (texts * embedded).sum(-1)
+            if self.captioner is not None:
+                values[f"text_similarity/{label}"] = (texts * scorer.embed_texts(captions)).sum(-1)
+            similarities = values[f"image_similarity/{label}"].tolist()
+        for name, value in values.items():
+            self.means[name].update(value)
+        shown = 16 - len(self._samples)
+        self._samples += list(zip(images.cpu(), drawn.cpu(), captions, similarities, strict=True))[:shown]
+
+    def validation_results(self) -> dict[str, Tensor]:
+        """Similarities by every scorer, the captioner's NLL of the prompts, metrics of its captions."""
+        results = {name: mean.compute() for name, mean in self.means.items()}
+        for mean in self.means.values():
+            mean.reset()
+        if self.captioner is not None:
+            scores = self.caption_metrics.compute()
+            self.caption_metrics.reset()
+            results |= {name: scores[name] for name in ("CIDEr", "BLEU-4")}
+        self._seen = 0
+        if self.ema is not None:
+            self.ema.restore(list(self.trained.values()))
+        return results
+
+
+class AlternatingFinetune(Finetune):
+    """Both models at once, as in Li et al.'s released code: a captioner's step, then a generator's, in turns.
+
+    Each step's loss is that of CaptionerFinetune or GeneratorFinetune; the other model is frozen at that step. One
+    optimizer each; `global_step` counts the steps of both.
+
+    Args:
+        captioner: finetuned in the even steps.
+        generator: finetuned in the odd ones, with `lora`.
+        scorer: frozen; None where neither a cycle nor validation needs one.
+        held_out: a second scorer, which nothing is trained on.
+        image_cycle: of the captioner; None is the baseline.
+        text_cycle: of the generator; None is the baseline.
+        captioner_optimizer: from the captioner's trained parameters to an optimizer.
+        generator_optimizer: from the generator's trained parameters to an optimizer.
+        warmup_steps: steps of each until its full learning rate.
+        gradient_clip_norm: of either model's gradient.
+        snr_gamma: see GeneratorFinetune.
+        caption_dropout: see GeneratorFinetune.
+        validation_images: images and prompts of the round trips at validation.
+        seed: of everything random in a step.
+
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        generator: Generator,
+        scorer: Scorer | None = None,
+        held_out: Scorer | None = None,
+        image_cycle: ImageCycle | None = None,
+        text_cycle: TextCycle | None = None,
+        captioner_optimizer: OptimizerCallable = torch.optim.AdamW,
+        generator_optimizer: OptimizerCallable = torch.optim.AdamW,
+        warmup_steps: int = 0,
+        gradient_clip_norm: float = 1.0,
+        snr_gamma: float | None = 5.0,
+        caption_dropout: float = 0.1,
+        validation_images: int = 16,
+        seed: int = 0,
+    ):
+        super().__init__(captioner_optimizer, warmup_steps, seed)
+        self.automatic_optimization = False
+        self.gradient_clip_norm = gradient_clip_norm
+        self.captioning = CaptionerFinetune(
+            captioner, generator, scorer, image_cycle, captioner_optimizer, warmup_steps, validation_images, seed=seed
+        )
+        self.drawing = GeneratorFinetune(
+            generator, captioner, scorer, held_out, text_cycle, generator_optimizer, warmup_steps, snr_gamma,
+            caption_dropout, validation_images=validation_images, seed=seed,
+        )  # fmt: skip
+        # By name and in order, whoever's turn it is: at a step the other model's parameters ask for no gradient.
+        self.turns = [
+            {name: p for name, p in self.named_parameters() if p.requires_grad and f".{model}." in f".{name}"}
+            for model in ("captioner", "generator")
+        ]
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters of both models that are trained, by name."""
+        return self.turns[0] | self.turns[1]
+
+    def setup(self, stage: str) -> None:
+        """Checks both halves and lets their cycles prepare."""
+        self.captioning.setup(stage)
+        self.drawing.setup(stage)
+
+    def on_fit_start(self) -> None:
+        """Asserts that what is frozen is frozen."""
+        for name in ("scorer", "held_out"):
+            self.drawing.freeze_partner(name)
+        half_frozen(self.captioning.captioner)
+        half_frozen(self.drawing.generator)
+
+    def configure_optimizers(self):
+        """One optimizer and one warm-up for each model."""
+        optimizers, schedulers = [], []
+        for half, parameters in zip((self.captioning, self.drawing), self.turns, strict=True):
+            optimizers.append(half.optimizer(list(parameters.values())))
+            schedulers.append(half.warm_up(optimizers[-1]))
+        return optimizers, schedulers
+
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of whose turn it is, with the other model frozen."""
+        turn = self.global_step % 2
+        for k, parameters in enumerate(self.turns):
+            for parameter in parameters.values():
+                parameter.requires_grad_(k == turn)
+        name, half = (("captioner", self.captioning), ("generator", self.drawing))[turn]
+        loss, logs = half.objective(batch, seeds)
+        return loss, {f"{name}/{key}": value for key, value in logs.items()}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One step of whose turn it is."""
+        turn = self.global_step % 2
+        loss = super().training_step(batch, batch_idx)
+        optimizer, schedule = self.optimizers()[turn], self.lr_schedulers()[turn]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_norm)
+        optimizer.step()
+        schedule.step()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The validation of both halves."""
+        self.captioning.validation_step(batch, batch_idx)
+        self.drawing.validation_step(batch, batch_idx)
+
+    def validation_results(self) -> dict[str, Tensor]:
+        """The captioner's results under their names, the generator's under `generator/`."""
+        self._samples = self.captioning._samples
+        self.captioning._samples, self.drawing._samples = [], []
+        drawn = {f"generator/{name}": value for name, value in self.drawing.validation_results().items()}
+        return self.captioning.validation_results() | drawn
+
+
+def half_frozen(model: nn.Module) -> None:
+    """Trained parameters in fp32, all others in bf16 if they are on a GPU."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif parameter.is_cuda:
+            parameter.data = parameter.data.bfloat16()
 
 
 def sample_grid(

@@ -2,11 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cyclefit.loading import freeze, loading, resized, seeded
 
@@ -50,20 +52,61 @@ class Generator(nn.Module, ABC):
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
+        grad_steps: int = 0,
     ) -> Float[Tensor, "b 3 h w"]:
-        """One image in [0, 1] per caption and seed, without gradient; None is the model's own number."""
+        """One image in [0, 1] per caption and seed; None is the model's own number.
+
+        Gradient flows into what is trained through the last `grad_steps` solver steps and the decoding; through
+        nothing with 0. The images are the same whatever `grad_steps` is.
+        """
 
     @abstractmethod
     def calls_per_image(self, steps: int | None = None, guidance_scale: float | None = None) -> int:
         """Denoiser evaluations that `generate` spends on one image."""
 
-    def loss(self, images: Float[Tensor, "b 3 h w"], captions: list[str]) -> Float[Tensor, "b"]:
-        """L_denoise = E_{t, eps} || eps - eps_theta(z_t, t, c) ||^2, one timestep and noise per sample."""
+    @abstractmethod
+    def one_step(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        conditioning: Float[Tensor, "b n d"],
+        timesteps: Int[Tensor, "b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b 3 h w"]:
+        """D(x0_hat): the images that one denoiser call makes of noised latents in closed form; differentiable."""
+
+    @abstractmethod
+    def snr(self, timesteps: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2."""
+
+    def loss(
+        self, images: Float[Tensor, "b 3 h w"], captions: list[str], snr_gamma: float | None = None
+    ) -> Float[Tensor, "b"]:
+        """L_denoise = E_{t, eps} || eps - eps_theta(z_t, t, c) ||^2, one timestep and noise per sample.
+
+        `snr_gamma` weighs it by min(SNR, gamma) / SNR, or / (SNR + 1) for v (Hang et al., ICCV 2023, arXiv 2303.09556).
+        """
         latents = self.encode_images(images)
-        timesteps = torch.randint(self.num_timesteps, (len(latents),), device=latents.device)
-        return self.errors(latents, self.encode_texts(captions), timesteps, torch.randn_like(latents))
+        timesteps = torch.randint(self.num_timesteps, (len(latents),)).to(latents.device)
+        errors = self.errors(latents, self.encode_texts(captions), timesteps, torch.randn_like(latents))
+        if snr_gamma is None:
+            return errors
+        snr = self.snr(timesteps)
+        return errors * snr.clamp(max=snr_gamma) / (snr + 1 if self.predicts_velocity else snr)
 
     num_timesteps: int = 1000
+    predicts_velocity: bool = False
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al., ICLR 2022, arXiv 2106.09685): W + (alpha / rank) B A."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Linear layers of the denoiser."""
+    text_encoder: bool = False
+    """Adapters of the same rank on the text encoder's attention too."""
 
 
 class StableDiffusion(Generator):
@@ -78,6 +121,7 @@ class StableDiffusion(Generator):
         guidance_scale: 1 switches guidance off and halves the denoiser's work.
         image_size: pixels of the generated and encoded images; the denoiser's own size if None.
         batch_size: images that go through the denoiser together.
+        lora: adapters to train; None freezes everything.
         random_weights: build the architecture from the configs alone, for tests and benchmarks.
 
     Raises:
@@ -92,6 +136,7 @@ class StableDiffusion(Generator):
         guidance_scale: float = 7.5,
         image_size: int | None = None,
         batch_size: int = 32,
+        lora: Lora | None = None,
         random_weights: bool = False,
     ):
         super().__init__()
@@ -127,11 +172,25 @@ class StableDiffusion(Generator):
         self.image_size = image_size or self.unet.config.sample_size * self.downsampling
         self.batch_size = batch_size
         self.num_timesteps = self.scheduler.config.num_train_timesteps
+        self.predicts_velocity = self.scheduler.config.prediction_type == "v_prediction"
         alphas_cumprod = self.scheduler.alphas_cumprod.float()
         self.register_buffer("alphas", alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt(), persistent=False)
         self._empty: Tensor | None = None
+        self.lora = lora
         freeze(self)
+        if lora is not None:
+            self._add_lora(lora)
+
+    def _add_lora(self, lora: Lora) -> None:
+        from peft import LoraConfig
+
+        settings = {"r": lora.rank, "lora_alpha": lora.alpha, "init_lora_weights": "gaussian"}
+        self.unet.add_adapter(LoraConfig(target_modules=list(lora.targets), **settings))
+        if lora.text_encoder:
+            self.text_encoder.add_adapter(
+                LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **settings)
+            )
 
     @property
     def device(self) -> torch.device:
@@ -215,26 +274,53 @@ class StableDiffusion(Generator):
     ) -> Float[Tensor, "b"]:
         """Denoising error averaged over the latent's elements, against eps or v as the scheduler says."""
         predicted = self.predict(self.noised(latents, timesteps, noise), timesteps, conditioning)
-        if self.scheduler.config.prediction_type == "v_prediction":
+        if self.predicts_velocity:
             noise = self._at(self.alphas, timesteps) * noise - self._at(self.sigmas, timesteps) * latents
         return (noise - predicted).square().mean((1, 2, 3))
 
-    @torch.no_grad()
+    def snr(self, timesteps: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2."""
+        return (self.alphas[timesteps] / self.sigmas[timesteps]).square()
+
+    def one_step(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        conditioning: Float[Tensor, "b n d"],
+        timesteps: Int[Tensor, "b"],
+        noise: Float[Tensor, "b c h w"],
+    ) -> Float[Tensor, "b 3 h w"]:
+        """D(x0_hat), x0_hat = (z_t - sigma_t eps_theta) / alpha_t, or alpha_t z_t - sigma_t v_theta.
+
+        The unguided prediction; the VAE's decoder is checkpointed.
+        """
+        noised = self.noised(latents, timesteps, noise)
+        predicted = self.predict(noised, timesteps, conditioning)
+        alpha, sigma = self._at(self.alphas, timesteps), self._at(self.sigmas, timesteps)
+        if self.predicts_velocity:
+            clean = alpha * noised - sigma * predicted
+        else:
+            clean = (noised - sigma * predicted) / alpha
+        return _checkpointed(self.decode_latents, clean)
+
     def generate(
         self,
         captions: list[str],
         seeds: Sequence[int],
         steps: int | None = None,
         guidance_scale: float | None = None,
+        grad_steps: int = 0,
     ) -> Float[Tensor, "b 3 h w"]:
-        """One image in [0, 1] per caption and seed; the same for a caption and seed whatever else is in the batch."""
+        """One image in [0, 1] per caption and seed; the same for a caption and seed whatever else is in the batch.
+
+        The denoiser and the VAE's decoder are checkpointed where gradient flows: memory grows with `grad_steps`.
+        """
         images = []
-        for start in range(0, len(captions), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            conditioning = self.encode_texts(captions[part])
-            images.append(
-                self.decode_latents(self.denoise(conditioning, self.noise(seeds[part]), steps, guidance_scale))
-            )
+        with torch.set_grad_enabled(grad_steps > 0 and torch.is_grad_enabled()):
+            for start in range(0, len(captions), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                conditioning = self.encode_texts(captions[part])
+                latents = self.denoise(conditioning, self.noise(seeds[part]), steps, guidance_scale, grad_steps)
+                images.append(_checkpointed(self.decode_latents, latents))
         return torch.cat(images)
 
     def denoise(
@@ -243,21 +329,37 @@ class StableDiffusion(Generator):
         latents: Float[Tensor, "b c h w"],
         steps: int | None = None,
         guidance_scale: float | None = None,
+        grad_steps: int = 0,
     ) -> Float[Tensor, "b c h w"]:
-        """Standard normal latents, denoised by the solver with guidance."""
+        """Standard normal latents, denoised by the solver with guidance; gradient through the last `grad_steps`."""
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        guided = guidance_scale != 1
+        guided, graded = guidance_scale != 1, torch.is_grad_enabled()
         if guided:
-            if self._empty is None or self._empty.device != latents.device:
-                self._empty = self.encode_texts([""])
-            conditioning = torch.cat([self._empty.expand_as(conditioning), conditioning])
+            conditioning = torch.cat([self._unconditional().expand_as(conditioning), conditioning])
         self.scheduler.set_timesteps(steps or self.steps)
         latents = latents * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            timesteps = torch.full((len(conditioning),), int(t), device=latents.device)
-            prediction = self.predict(torch.cat([latents] * 2) if guided else latents, timesteps, conditioning)
-            if guided:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + guidance_scale * (conditional - unconditional)
-            latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+        count = len(self.scheduler.timesteps)
+        for k, t in enumerate(self.scheduler.timesteps):
+            with torch.set_grad_enabled(graded and k >= count - grad_steps):
+                timesteps = torch.full((len(conditioning),), int(t), device=latents.device)
+                doubled = torch.cat([latents] * 2) if guided else latents
+                prediction = _checkpointed(self.predict, doubled, timesteps, conditioning)
+                if guided:
+                    unconditional, conditional = prediction.chunk(2)
+                    prediction = unconditional + guidance_scale * (conditional - unconditional)
+                latents = self.scheduler.step(prediction, t, latents, return_dict=False)[0]
+        self.scheduler.set_timesteps(count)  # lets go of the last predictions and their graph
         return latents
+
+    def _unconditional(self) -> Float[Tensor, "1 n d"]:
+        # Kept where it cannot change: with adapters on the text encoder it is as old as the last step.
+        if self.lora is not None and self.lora.text_encoder:
+            return self.encode_texts([""])
+        if self._empty is None or self._empty.device != self.device:
+            self._empty = self.encode_texts([""]).detach()
+        return self._empty
+
+
+def _checkpointed(function, *inputs: Tensor) -> Tensor:
+    """The function's value, its activations recomputed in the backward pass instead of kept."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclefit import UserError
+from cyclefit.captioners import Captioner
 from cyclefit.generators import Generator
 from cyclefit.scorers import Scorer
 
@@ -22,6 +23,7 @@ class Partners:
 
     generator: Generator | None = None
     scorer: Scorer | None = None
+    captioner: Captioner | None = None
 
 
 class Judge(ABC):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit.loading import MissingModel, freeze, loading, resized
@@ -16,6 +16,11 @@ class Scorer(nn.Module, ABC):
 
     name: str
 
+    @property
+    def label(self) -> str:
+        """The name as part of a metric's."""
+        return self.name.replace("/", "-").replace(".", "_")
+
     @abstractmethod
     def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """Unit-length embeddings of images in [0, 1]; differentiable in the images."""
@@ -23,6 +28,15 @@ class Scorer(nn.Module, ABC):
     @abstractmethod
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "b d"]:
         """Unit-length embeddings of texts; repeated texts are embedded once."""
+
+    @abstractmethod
+    def embed_soft_texts(self, embeddings: Float[Tensor, "b n d2"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        """Unit-length embeddings of token embeddings BOS, e_1 .. e_L, EOS, padding; differentiable in them."""
+
+    @property
+    @abstractmethod
+    def token_embedding(self) -> Float[Tensor, "v d2"]:
+        """The text tower's table of token embeddings."""
 
 
 class OpenClip(Scorer):
@@ -82,3 +96,21 @@ class OpenClip(Scorer):
         embeddings = torch.cat([self.model.encode_text(part) for part in tokens.split(self.batch_size)])
         place = {text: i for i, text in enumerate(unique)}
         return F.normalize(embeddings.float(), dim=-1)[[place[text] for text in texts]]
+
+    @property
+    def token_embedding(self) -> Float[Tensor, "v d2"]:
+        """The text tower's table of token embeddings."""
+        return self.model.token_embedding.weight
+
+    def embed_soft_texts(self, embeddings: Float[Tensor, "b n d2"], lengths: Int[Tensor, "b"]) -> Float[Tensor, "b d"]:
+        """Unit-length embeddings of token embeddings, pooled at the end token behind `lengths` tokens."""
+        table, model = self.model.token_embedding, self.model
+        # open_clip pools where the id is the end token's, or where it is largest, which is the end token's too.
+        end = model.text_eos_id if model.text_pool_type == "eos" else len(table.weight) - 1
+        ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+        ids.scatter_(1, lengths.to(ids.device)[:, None] + 1, end)
+        hook = table.register_forward_hook(lambda *_: embeddings.to(table.weight.dtype))
+        try:
+            return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+        finally:
+            hook.remove()
