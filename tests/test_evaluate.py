@@ -1,3 +1,4 @@
+import importlib
 import json
 import re
 import sys
@@ -13,6 +14,8 @@ from cyclefit.judges import Denoising, ImageText, Partners, Regeneration
 from cyclefit.rerank import rerank, sample_seed, with_others
 from tests.conftest import ROOT
 
+# The package's own name `captions` is the function.
+CAPTIONS = importlib.import_module("cyclefit.evaluate.captions")
 JUDGES = {"image cycle": Regeneration(steps=3), "contrastive": Denoising(num_others=2), "image-text": ImageText()}
 
 
@@ -133,8 +136,8 @@ def test_evaluation_end_to_end(assess, capsys):
         assert rows["base", "nucleus", "image-text"]["denoiser_calls"] == 0
         assert {c["selection"] for c in result["rank_curves"]} == set(evaluate.JUDGES)
         assert all([v["rank"] for v in c["values"]] == [1, 2, 3] for c in result["rank_curves"])
-        assert result["differences"][0]["a"] == "cycle · greedy"
-        assert result["differences"][0]["b"] == "plain · greedy"
+        assert result["differences"][0]["a"] == "cycle · nucleus"
+        assert result["differences"][0]["b"] == "plain · nucleus"
     rows = candidates(folder)
     assert len(rows) == 24 * (5 + 3 + 3)
     shown = [row["image"] for row in rows.values() if row["image"]]
@@ -151,7 +154,7 @@ def test_evaluation_end_to_end(assess, capsys):
 
 def test_an_interrupted_evaluation_continues_where_it_stopped(assess, monkeypatch):
     whole = assess("whole")
-    real, seen = evaluate.rerank, []
+    real, seen = CAPTIONS.rerank, []
 
     def dies(*arguments, **named):
         seen.append(len(arguments[3]))
@@ -159,14 +162,14 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(assess, monkeypatc
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr(evaluate, "rerank", dies)
+    monkeypatch.setattr(CAPTIONS, "rerank", dies)
     with pytest.raises(KeyboardInterrupt):
         assess("part")
     table = next(path for path in (whole.parent / "part").glob("candidates-test.jsonl"))
     with table.open("a") as file:
         file.write('{"key": "torn')  # a write that the kill cut off
     again = []
-    monkeypatch.setattr(evaluate, "rerank", lambda *a, **n: again.append(len(a[3])) or real(*a, **n))
+    monkeypatch.setattr(CAPTIONS, "rerank", lambda *a, **n: again.append(len(a[3])) or real(*a, **n))
     part = assess("part")
     total = 2 * 3 * 24
     assert sum(again) == total - sum(seen[:4]), "work was repeated or lost"
@@ -200,5 +203,6 @@ def test_a_run_is_loaded_with_its_weights(runs, captioner, monkeypatch):
 def test_evaluation_configs_name_their_command():
     for path in (ROOT / "configs").glob("*evaluate*.yaml"):
         text = path.read_text()
-        assert re.search(rf"python evaluate.py captions --config {path.name}", text)
+        command = "images" if "images" in path.name else "captions"
+        assert re.search(rf"python evaluate.py {command} --config {path.name}", text)
         assert set(yaml.safe_load(text)) >= {"shards", "captioner", "generator", "scorer"}

@@ -29,7 +29,8 @@ def launch(tmp_path, world, monkeypatch):
             "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": "false",
             "trainer.enable_model_summary": "false", "data.train": world / "finetune",
             "data.validation": world / "validation", "data.validation_size": 24, "data.batch_size": 8,
-            "data.epoch_size": 24, "model.round_trip_images": 4, "model.generator.steps": 2,
+            "data.epoch_size": 24, "model.generator.steps": 2,
+            "model.round_trip_images" if "blip" in config else "model.validation_images": 4,
         }  # fmt: skip
         cli.train(["--config", config, *[f"--{k}={v}" for k, v in small.items()], *arguments])
         return tmp_path / name
@@ -77,11 +78,19 @@ def test_an_unknown_config_lists_those_that_exist(capsys, monkeypatch):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("config", ["miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"])
+RESUMED = {
+    "miniature_cycle_blip.yaml": [],
+    "miniature_cycle_blip_reward.yaml": ["--model.cycle.num_images=8"],
+    "miniature_cycle_sd.yaml": ["--model.ema_decay=0.9"],
+    "miniature_cycle_both.yaml": ["--model.image_cycle.num_images=8"],
+}
+
+
+@pytest.mark.parametrize("config", RESUMED)
 def test_two_steps_and_two_more_equal_four(launch, config):
-    whole = launch(config, "whole", steps=4)
-    part = launch(config, "part", steps=2)
-    launch(config, "part", "--ckpt_path=last", steps=4)
+    whole = launch(config, "whole", *RESUMED[config], steps=4)
+    part = launch(config, "part", *RESUMED[config], steps=2)
+    launch(config, "part", *RESUMED[config], "--ckpt_path=last", steps=4)
     assert values(whole, "train/loss") == values(part, "train/loss")
     assert values(whole, "val/CIDEr") == values(part, "val/CIDEr")
     expected, resumed = checkpoint(whole), checkpoint(part)
@@ -89,21 +98,121 @@ def test_two_steps_and_two_more_equal_four(launch, config):
     assert resumed["state_dict"].keys() == expected["state_dict"].keys()
     for name, tensor in expected["state_dict"].items():
         assert torch.equal(tensor, resumed["state_dict"][name]), name
-    moments, again = (state["optimizer_states"][0]["state"] for state in (expected, resumed))
-    for index, moment in moments.items():
-        for name, value in moment.items():
-            assert torch.equal(value, again[index][name])
+    for optimizer, other in zip(expected["optimizer_states"], resumed["optimizer_states"], strict=True):
+        assert optimizer["state"]
+        for index, moment in optimizer["state"].items():
+            for name, value in moment.items():
+                assert torch.equal(value, other["state"][index][name])
+    for average, other in zip(*(s.get("ema", {}).get("shadow_params", []) for s in (expected, resumed)), strict=True):
+        assert torch.equal(average, other)
+
+
+BASELINES = {
+    "miniature_cycle_blip.yaml": "miniature_blip.yaml",
+    "miniature_cycle_blip_reward.yaml": "miniature_blip.yaml",
+    "miniature_cycle_sd.yaml": "miniature_sd_lora.yaml",
+}
 
 
 def test_weight_zero_is_the_baseline(launch):
-    plain = launch("miniature_blip.yaml", "plain", steps=3)
-    for config in ("miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"):
+    baselines = {}
+    for config, baseline in BASELINES.items():
+        if baseline not in baselines:
+            baselines[baseline] = launch(baseline, baseline, steps=3)
+        plain = baselines[baseline]
         zero = launch(config, config, "--model.cycle.weight=0", steps=3)
         assert values(plain, "train/loss") == values(zero, "train/loss")
         assert len(values(zero, "train/cycle")) == 3
         null = launch(config, f"{config}-null", "--model.cycle=null", steps=3)
         assert values(plain, "train/loss") == values(null, "train/loss")
         assert not values(null, "train/cycle")
+
+
+def test_a_generators_run_holds_its_adapters_alone(launch, weights):
+    """What is trained is fp32 LoRA; the base's files and tensors are as they were."""
+    before = {path: path.read_bytes() for path in (weights / "stable-diffusion").rglob("*.safetensors")}
+    run = launch("miniature_cycle_sd.yaml", "lora", "--model.generator.lora.text_encoder=true", steps=2)
+    state = checkpoint(run)["state_dict"]
+    assert state
+    assert all(".lora_A." in name or ".lora_B." in name for name in state)
+    assert {name.split(".")[1] for name in state} == {"unet", "text_encoder"}
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 4_000_000, "frozen models are in the checkpoint"
+    for path, content in before.items():
+        assert path.read_bytes() == content
+    logged = ("caption_nll", "CIDEr", "image_similarity/clip", "image_similarity/clip-heldout", "text_similarity/clip")
+    assert all(values(run, f"val/{name}") for name in logged)
+    assert list((run / "samples").glob("*.png"))
+    with pytest.raises(cli.UserError, match="needs a captioner"):
+        launch("miniature_cycle_sd.yaml", "alone", "--model.captioner=null")
+
+
+def test_a_generator_without_adapters_is_refused(weights):
+    from cyclefit.finetune import GeneratorFinetune
+    from cyclefit.generators import StableDiffusion
+
+    with pytest.raises(cli.UserError, match=r"model.generator.lora"):
+        GeneratorFinetune(StableDiffusion(str(weights / "stable-diffusion"))).setup("fit")
+
+
+def test_base_weights_are_bit_identical_after_training(launch, monkeypatch):
+    from cyclefit.finetune import GeneratorFinetune
+
+    kept = {}
+
+    def copy(module):
+        return {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+
+    start, end = GeneratorFinetune.on_fit_start, GeneratorFinetune.on_train_end
+    monkeypatch.setattr(
+        GeneratorFinetune, "on_fit_start", lambda self: (start(self), kept.update(before=copy(self)))[0]
+    )
+    monkeypatch.setattr(GeneratorFinetune, "on_train_end", lambda self: (end(self), kept.update(after=copy(self)))[0])
+    launch("miniature_cycle_sd.yaml", "bits", steps=3)
+    assert kept["before"].keys() == kept["after"].keys()
+    assert any(name.startswith("generator.unet") for name in kept["before"])
+    assert all(torch.equal(kept["before"][name], kept["after"][name]) for name in kept["before"])
+
+
+def test_both_models_take_turns(launch):
+    """Even steps move the captioner alone, odd steps the generator alone; the step counter counts both."""
+    states = {}
+    for steps in (1, 2, 3):
+        run = launch("miniature_cycle_both.yaml", f"both-{steps}", "--model.image_cycle.num_images=8", steps=steps)
+        state = checkpoint(run)
+        assert state["global_step"] == steps
+        states[steps] = state["state_dict"]
+    moved = [
+        {name.split(".")[1] for name in states[a] if not torch.equal(states[a][name], states[b][name])}
+        for a, b in ((1, 2), (2, 3))
+    ]
+    assert moved == [{"generator"}, {"captioner"}]
+    lm, denoising = values(run, "train/captioner/lm"), values(run, "train/generator/denoising")
+    assert lm[0] == lm[1] != lm[2], "Lightning repeats the last value in the steps between"
+    assert denoising.keys() == {1, 2}
+
+
+def test_the_moving_average_is_validated_and_the_parameters_come_back(launch, monkeypatch):
+    from cyclefit.finetune import GeneratorFinetune
+
+    seen = {}
+    step, results = GeneratorFinetune.validation_step, GeneratorFinetune.validation_results
+
+    def validation_step(self, *arguments):
+        seen["validated"] = [p.detach().clone() for p in self.trained.values()]
+        return step(self, *arguments)
+
+    def validation_results(self):
+        found = results(self)
+        seen["after"] = [p.detach().clone() for p in self.trained.values()]
+        seen["average"] = [p.clone() for p in self.ema.shadow_params]
+        return found
+
+    monkeypatch.setattr(GeneratorFinetune, "validation_step", validation_step)
+    monkeypatch.setattr(GeneratorFinetune, "validation_results", validation_results)
+    launch("miniature_sd_lora.yaml", "average", "--model.ema_decay=0.9", steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(seen["validated"], seen["average"], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen["validated"], seen["after"], strict=True))
 
 
 def test_a_run_leaves_everything_in_its_folder(launch):

@@ -71,7 +71,7 @@ class Generator(nn.Module, ABC):
         conditioning: Float[Tensor, "b n d"],
         timesteps: Int[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
-    ) -> Float[Tensor, "b 3 h w"]:
+    ) -> Float[Tensor, "b 3 height width"]:
         """D(x0_hat): the images that one denoiser call makes of noised latents in closed form; differentiable."""
 
     @abstractmethod
@@ -288,7 +288,7 @@ class StableDiffusion(Generator):
         conditioning: Float[Tensor, "b n d"],
         timesteps: Int[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
-    ) -> Float[Tensor, "b 3 h w"]:
+    ) -> Float[Tensor, "b 3 height width"]:
         """D(x0_hat), x0_hat = (z_t - sigma_t eps_theta) / alpha_t, or alpha_t z_t - sigma_t v_theta.
 
         The unguided prediction; the VAE's decoder is checkpointed.

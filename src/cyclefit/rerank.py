@@ -1,7 +1,8 @@
-"""Reranked inference: sample N captions, keep the one a judge likes best; and the evaluation built on it.
+"""Reranked inference: sample N captions or images, keep the one a judge likes best.
 
-Li et al., ICCV 2023 (arXiv 2212.12249), section 3.1: the judge is the CLIP similarity of the source image and the image
-regenerated from the caption. It costs N generations per input, which cycle finetuning moves into the weights.
+Li et al., ICCV 2023 (arXiv 2212.12249), section 3.1: the judge of a caption is the CLIP similarity of the source image
+and the image regenerated from the caption; the judge of an image is the CLIP similarity of its prompt and its caption.
+Both cost N generations per input, which cycle finetuning moves into the weights.
 """
 
 import time
@@ -16,7 +17,9 @@ from torch import Tensor
 from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner, Decoding
+from cyclefit.generators import Generator
 from cyclefit.judges import Judge, Partners
+from cyclefit.scorers import Scorer
 
 
 def sample_seed(key: str, seed: int = 0) -> int:
@@ -76,6 +79,58 @@ def rerank(
         scores[name] = judge.score(partners, images, captions, noise_seeds, others).float().cpu()
         seconds[name] = time.perf_counter() - start
     return Candidates(captions, scores, seconds)
+
+
+@dataclass
+class Drawings:
+    """What a generator made of prompts, one image each, and what the judges say of them."""
+
+    images: Float[Tensor, "b 3 h w"]
+    """In [0, 1], on the models' device."""
+    captions: list[str]
+    """Greedy captions of the images."""
+    scores: dict[str, Float[Tensor, "b"]]
+    """`text cycle` and `image-text`, cosine similarities in [-1, 1], higher is better, on the CPU."""
+    seconds: dict[str, float]
+    """Of `drawing` and of each judge, for all images; captioning is the text cycle's."""
+
+
+@torch.no_grad()
+def rerank_images(
+    generator: Generator,
+    captioner: Captioner,
+    scorer: Scorer,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    max_new_tokens: int = 30,
+) -> Drawings:
+    """One image for each prompt and seed, and two judgements of each.
+
+    `text cycle` is f_text(y, y'), y' the image's greedy caption (Li et al., section 3.1); `image-text` is f(x', y), the
+    control without a captioner. For N candidates repeat a prompt with N seeds. An image and its scores depend on its
+    own prompt and seed alone. `steps` and `guidance_scale` are the generator's own if None.
+    """
+    prompts, seconds = list(prompts), {}
+
+    def timed(name: str, since: float) -> None:
+        _wait(images)
+        seconds[name] = time.perf_counter() - since
+
+    start = time.perf_counter()
+    images = generator.generate(prompts, seeds, steps, guidance_scale)
+    timed("drawing", start)
+    start = time.perf_counter()
+    decoding = Decoding(max_new_tokens=max_new_tokens)
+    captions = [row[0] for row in captioner.sample(images, decoding, seeds)]
+    texts = scorer.embed_texts(prompts)
+    scores = {"text cycle": (texts * scorer.embed_texts(captions)).sum(-1).cpu()}
+    timed("text cycle", start)
+    start = time.perf_counter()
+    scores["image-text"] = (texts * scorer.embed_images(images)).sum(-1).cpu()
+    timed("image-text", start)
+    return Drawings(images, captions, scores, seconds)
 
 
 def _wait(images: Tensor) -> None:

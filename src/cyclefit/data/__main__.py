@@ -1,4 +1,4 @@
-"""Pack images and captions into shards, and verify shards: `python -m cyclefit.data pack|verify`."""
+"""Write and verify shards of images and captions: `python -m cyclefit.data pack|best-of|verify`."""
 
 import argparse
 import json
@@ -22,6 +22,14 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--out", required=True, help="folder for the shards, without shards so far")
     pack.add_argument("--samples_per_shard", type=int, default=1000)
     pack.add_argument("--limit", type=int, help="only the first so many samples")
+    best = commands.add_parser("best-of", help="write the candidates of an evaluation that a judge likes best")
+    best.add_argument("--evaluation", required=True, help="folder that evaluate.py wrote")
+    best.add_argument("--split", required=True, help="split of the evaluation")
+    best.add_argument("--shards", help="captions: the shards that were evaluated, for their images")
+    best.add_argument("--judge", required=True, help='the one whose favourite is kept, such as "image cycle"')
+    best.add_argument("--out", required=True, help="folder for the shards, without shards so far")
+    best.add_argument("--model", default="base", help="whose candidates")
+    best.add_argument("--direction", choices=["captions", "images"], default="captions", help="what was evaluated")
     verify = commands.add_parser("verify", help="read shards again and compare them with their manifest")
     verify.add_argument("folder")
     return parser
@@ -71,12 +79,37 @@ def _pack(args: argparse.Namespace) -> None:
         print(f"{skipped['total']} samples skipped: {reasons}; each is named in {args.out}/manifest.json.")
 
 
+def _best_of(args: argparse.Namespace) -> None:
+    from .best_of import best_of  # it reads shards, and so loads torch
+
+    made = best_of(
+        args.evaluation,
+        args.split,
+        args.judge,
+        args.out,
+        shards=args.shards,
+        model=args.model,
+        direction=args.direction,
+    )
+    print(f"{made['samples']} samples in {made['shards']} shards in {args.out}, verified.")
+    print(
+        f"{args.judge}, mean score: {made['first']:.4f} of the first candidate, "
+        f"{made['chosen']:.4f} of the best of {made['candidates']}."
+    )
+    if made["skipped"]["total"]:
+        print(f"{made['skipped']['total']} samples without candidates or unusable; named in {args.out}/manifest.json.")
+    if made["unmatched"]:
+        print(f"{made['unmatched']} keys have candidates but no sample in {args.shards}.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
     args = _parser().parse_args(argv)
     try:
         if args.command == "pack":
             _pack(args)
+        elif args.command == "best-of":
+            _best_of(args)
         else:
             verified = verify_shards(args.folder)
             print(f"{verified['samples']} samples in {verified['shards']} shards, all as written.")

@@ -76,6 +76,8 @@ def _read_metrics(path: Path) -> dict:
     _expect(results, dict, path, "the top level")
     for name in ("metadata", "models", "splits"):
         _expect(results.setdefault(name, {}), dict, path, name)
+    if results.setdefault("kind", "captions") not in ("captions", "images"):
+        raise ValueError(f"{path}: kind should be 'captions' or 'images', not {results['kind']!r}.")
     if not results["splits"]:
         raise ValueError(f"{path} has no splits: nothing was evaluated, so there is nothing to report.")
     for name, model in results["models"].items():

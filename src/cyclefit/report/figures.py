@@ -19,11 +19,16 @@ INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6470", "#dfe3e8", "#ffffff"
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", PAPER: "var(--paper)"}
 THEME[PALETTE[0]] = "var(--blue)"
 WIDTH = 4.5
+SCORES = {
+    "image cycle": "similarity of source and regenerated image",
+    "text cycle": "similarity of prompt and the image's caption",
+}
+"""What an axis calls a score."""
 
 
 def scale(metric: str) -> int:
-    """The factor between a raw metric and what is shown: 100 for caption metrics, as papers print them."""
-    return 100 if metric.startswith(("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE")) else 1
+    """The factor between a raw metric and what is shown: 100 for caption metrics and recall, as papers print them."""
+    return 100 if metric.startswith(("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@")) else 1
 
 
 def metric_names(rows: list[dict]) -> list[str]:
@@ -149,7 +154,7 @@ def comparison(rows: list[dict], metric: str, models: dict[str, dict]) -> "Figur
 
 
 def rank_curves(curves: list[dict], rows: list[dict], metric: str, selection: str, models: dict[str, dict]) -> "Figure":
-    """Quality against reconstruction rank, arXiv 2212.12249 Figure 3: rank 1 is the caption that is kept."""
+    """Quality against reconstruction rank, arXiv 2212.12249 Figure 3: rank 1 is the candidate that is kept."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes(2.9)
@@ -221,6 +226,6 @@ def score_boxes(
     axes.grid(axis="x", visible=False)
     axes.set_ylim(min(0, *(float(value.min()) for value in values)), top * scale(metric))
     axes.set_title(_shorten(name))
-    axes.set_xlabel("similarity of source and regenerated image" if score == "image cycle" else score)
+    axes.set_xlabel(SCORES.get(score, score))
     axes.set_ylabel(_unit(metric))
     return figure

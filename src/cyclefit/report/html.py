@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -24,26 +25,87 @@ from cyclefit.report.figures import (
     score_boxes,
 )
 
-SELECTIONS = {
-    "single": "the first caption the decoding gives; nothing is chosen.",
-    "image cycle": "an image is regenerated from every candidate; the caption whose image is most similar to "
-    "the source is kept (the paper's reranking).",
-    "denoising": "the caption under which the generator denoises the source image best is kept; no image is made.",
-    "contrastive": "as denoising, minus the error on other images: the caption that tells the generator most "
-    "about this image and least about others is kept.",
-    "image-text": "the control without a generator: the caption most similar to the image under the scorer is kept.",
-    "oracle": "the candidate with the best metric against the references; no method can pass this bound.",
-}
-METRICS = {
-    "CIDEr": "agreement with the references in words that are rare elsewhere.",
-    "CIDEr-D": "CIDEr with clipped counts and a penalty on length, as coco-caption computes it.",
-    "BLEU-4": "precision of word groups of up to four words.",
-    "ROUGE-L": "longest common subsequence with a reference.",
-    "words": "mean length of a caption; neither more nor fewer is better.",
-    "image similarity": "cosine similarity of the source image and the one regenerated from the caption.",
-}
+
+@dataclass(frozen=True)
+class Kind:
+    """The words in which the page of one kind of evaluation differs from another's."""
+
+    item: str
+    """What is evaluated, one candidate kept of each."""
+    kept: str
+    """What is kept."""
+    judge: str
+    """The paper's."""
+    calls: str
+    """Header of the generator's calls."""
+    selections: dict[str, str]
+    metrics: dict[str, str]
+    gallery: str
+    """How to read it."""
+    scores: dict[str, str]
+    """Scores that every candidate in the gallery shows, beside the one chosen there, and their short names."""
+
+
+CAPTIONS = Kind(
+    item="image",
+    kept="caption",
+    judge="image cycle",
+    calls="generator calls",
+    selections={
+        "single": "the first caption the decoding gives; nothing is chosen.",
+        "image cycle": "an image is regenerated from every candidate; the caption whose image is most similar to "
+        "the source is kept (the paper's reranking).",
+        "denoising": "the caption under which the generator denoises the source image best is kept; no image is made.",
+        "contrastive": "as denoising, minus the error on other images: the caption that tells the generator most "
+        "about this image and least about others is kept.",
+        "image-text": "the control without a generator: the caption most similar to the image under the scorer is "
+        "kept.",
+        "oracle": "the candidate with the best metric against the references; no method can pass this bound.",
+    },
+    metrics={
+        "CIDEr": "agreement with the references in words that are rare elsewhere.",
+        "CIDEr-D": "CIDEr with clipped counts and a penalty on length, as coco-caption computes it.",
+        "BLEU-4": "precision of word groups of up to four words.",
+        "ROUGE-L": "longest common subsequence with a reference.",
+        "words": "mean length of a caption; neither more nor fewer is better.",
+        "image similarity": "cosine similarity of the source image and the one regenerated from the caption.",
+    },
+    gallery="left the source and its references; right each model's captions, the greedy one first, then the "
+    "candidates from the best score to the worst, each with the image regenerated from it.",
+    scores={},
+)
+IMAGES = Kind(
+    item="prompt",
+    kept="image",
+    judge="text cycle",
+    calls="images drawn",
+    selections={
+        "single": "the first image drawn; nothing is chosen.",
+        "text cycle": "every candidate is captioned; the image whose caption is most similar to the prompt under the "
+        "scorer is kept (the paper's reranking).",
+        "image-text": "the control without a captioner: the image most similar to the prompt under the scorer is kept.",
+        "oracle": "the candidate most similar to the reference image under the scorer; the bound of its image "
+        "similarity.",
+    },
+    metrics={
+        "CIDEr": "agreement of the image's caption with all references of the prompt.",
+        "captioner NLL": "negative log-likelihood of the prompt given the image under the captioner, in nats per "
+        "token; lower is better.",
+        "image similarity": "cosine similarity of the image and the reference image, under the scorer named.",
+        "image-text similarity": "cosine similarity of the image and the prompt.",
+        "text similarity": "cosine similarity of the prompt and the image's caption: the round trip.",
+        "R@1": "share of images whose own prompt is the most similar of all prompts of the split.",
+        "R@5": "share of images whose own prompt is among the five most similar.",
+        "FID": "distance of the Inception features of all images from those of the references; lower is better.",
+        "KID": "the same by a kernel, unbiased on few images; lower is better.",
+    },
+    gallery="left the reference image, the prompt in bold and the other references; right each model's images from "
+    "the best score to the worst, each with what the captioner says of it.",
+    scores={"text cycle": "text cycle", "image-text": "image-text"},
+)
+KINDS = {"captions": CAPTIONS, "images": IMAGES}
 NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID"}
+LOWER_IS_BETTER = {"FID", "KID", "captioner NLL"}
 NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 SHOWN_IMAGES = 24
 SHOWN_CANDIDATES = 12
@@ -63,21 +125,21 @@ def page(
 ) -> str:
     """The whole page, its figures drawn into `folder`/figures on the way."""
     here = Path(__file__).parent
-    splits = results["splits"]
+    splits, kind = results["splits"], KINDS[results["kind"]]
     budget = IMAGE_BUDGET // max(1, sum(bool(rows) for rows in candidates.values()))
     sections, contents = [], []
     for split in splits:
-        section, links = _split(folder, split, results, candidates[split], references[split], budget)
+        section, links = _split(folder, split, results, candidates[split], references[split], budget, kind)
         sections.append(section)
         contents.append(f"<div><span>{escape(split)}</span>{links}</div>")
-    sections.append(_setup(results))
+    sections.append(_setup(results, kind))
     contents.append('<div><span></span><a href="#setup">Setup and terms</a></div>')
     script = (here / "report.js").read_text(encoding="utf-8")
     fields = {
         "title": escape(title or str(results.get("title") or "Evaluation")),
         "byline": _byline(results),
         "verdict": _verdict(results.get("verdict")),
-        "headline": _headline(results),
+        "headline": _headline(results, kind),
         "contents": "\n".join(contents),
         "sections": "\n".join(sections),
         "style": (here / "report.css").read_text(encoding="utf-8"),
@@ -183,14 +245,14 @@ def _verdict(verdict: dict | None) -> str:
     return f'<p class="verdict {kind}"><strong>{word}</strong>{escape(verdict["sentence"])}</p>'
 
 
-def _headline(results: dict) -> str:
+def _headline(results: dict, kind: Kind) -> str:
     """Three lines: what was compared, what came out, what it cost."""
     models = ", ".join(
         f"<b>{escape(name)}</b>" + (f" ({escape(str(model['description']))})" if model.get("description") else "")
         for name, model in results["models"].items()
     )
     sizes = [
-        (f"{_plural(content['num_images'], 'image')} of " if content.get("num_images") else "")
+        (f"{_plural(content['num_images'], kind.item)} of " if content.get("num_images") else "")
         + f"<i>{escape(split)}</i>"
         for split, content in results["splits"].items()
     ]
@@ -202,7 +264,7 @@ def _headline(results: dict) -> str:
     ]
     if outcomes:
         lines.append(("Came out", " ".join(outcomes[:3])))
-    cost = _cost(results)
+    cost = _cost(results, kind)
     if cost:
         lines.append(("Cost", cost))
     return "\n".join(f"<li><b>{name}</b><span>{text}</span></li>" for name, text in lines)
@@ -226,7 +288,7 @@ def _outcome(content: dict) -> str:
     return escape(f"the best {metrics[0]} is {value}, by {_row_name(best)}{interval}.")
 
 
-def _cost(results: dict) -> str:
+def _cost(results: dict, kind: Kind) -> str:
     rows = [row for content in results["splits"].values() for row in content["rows"]]
 
     def calls(row: dict) -> str:
@@ -238,10 +300,12 @@ def _cost(results: dict) -> str:
         return f", {_count(row['seconds'])} s" if row.get("seconds") is not None else ""
 
     sentences = []
-    cycles = [row for row in rows if row["selection"] == "image cycle" and row.get("generator_calls")]
+    cycles = [row for row in rows if row["selection"] == kind.judge and row.get("generator_calls")]
     singles = [row for row in rows if row["selection"] == "single" and row.get("generator_calls") is not None]
     if cycles:
-        sentences.append(f"a caption kept by image cycle takes {calls(cycles[0])}{seconds(cycles[0])} per image")
+        article = "an" if kind.kept[0] in "aeiou" else "a"
+        what = f"{article} {kind.kept} kept by {kind.judge}"
+        sentences.append(f"{what} takes {calls(cycles[0])}{seconds(cycles[0])} per {kind.item}")
     if singles:
         sentences.append(f"a single one takes {calls(singles[0])}{seconds(singles[0])}")
     trained = [(name, model) for name, model in results["models"].items() if model.get("train_seconds")]
@@ -256,7 +320,7 @@ def _cost(results: dict) -> str:
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
-def _setup(results: dict) -> str:
+def _setup(results: dict, kind: Kind) -> str:
     metadata = dict(results["metadata"])
     commands = metadata.pop("commands", None) or []
     shown = {name.replace("_", " "): escape(str(value)) for name, value in metadata.items() if value is not None}
@@ -272,12 +336,14 @@ def _setup(results: dict) -> str:
             facts.append(f"{key.replace('_', ' ')} {_count(value) if isinstance(value, float) else value}")
         rows.append((f"{_dot(model)}{escape(name)}", escape("; ".join(facts))))
     present = {row["selection"] for content in results["splits"].values() for row in content["rows"]}
-    metrics = metric_names([row for content in results["splits"].values() for row in content["rows"]])
+    rows_of_all = [row for content in results["splits"].values() for row in content["rows"]]
+    # The scorer stands in brackets behind a metric's name.
+    metrics = {name.split(" (")[0] for name in metric_names(rows_of_all)}
     parts = ['<section id="setup"><h2>Setup and terms</h2>']
     for heading, entries in (
         ("Models", rows),
-        ("Selections", [(name, text) for name, text in SELECTIONS.items() if name in present]),
-        ("Metrics", [(name, METRICS[name]) for name in metrics if name in METRICS]),
+        ("Selections", [(name, text) for name, text in kind.selections.items() if name in present]),
+        ("Metrics", [(name, text) for name, text in kind.metrics.items() if name in metrics]),
         ("Evaluation", [(escape(name), value) for name, value in shown.items()]),
     ):
         if entries:
@@ -290,18 +356,18 @@ def _setup(results: dict) -> str:
 
 
 def _split(
-    folder: Path, split: str, results: dict, candidates: list[dict], references: dict, budget: int
+    folder: Path, split: str, results: dict, candidates: list[dict], references: dict, budget: int, kind: Kind
 ) -> tuple[str, str]:
     content, models = results["splits"][split], results["models"]
     size = content.get("num_images")
-    small = f" <small>{_plural(size, 'image')}</small>" if size else ""
+    small = f" <small>{_plural(size, kind.item)}</small>" if size else ""
     blocks = {
-        "Results": _main_table(content["rows"], models, split),
+        "Results": _main_table(content["rows"], models, split, kind),
         "Differences": _differences(content["differences"]),
         "Comparison": _comparison(folder, split, content["rows"], models),
-        "Reconstruction rank": _rank_curves(folder, split, content, models),
-        "Score and quality": _score_boxes(folder, split, candidates, models),
-        "Gallery": _gallery(folder, split, candidates, references, models, budget),
+        "Reconstruction rank": _rank_curves(folder, split, content, models, kind),
+        "Score and quality": _score_boxes(folder, split, candidates, models, kind),
+        "Gallery": _gallery(folder, split, candidates, references, models, budget, kind),
     }
     blocks = {name: block for name, block in blocks.items() if block}
     parts = [f'<section id="{escape(split)}"><h2>{escape(split)}{small}</h2>']
@@ -333,19 +399,20 @@ def _cell(value: float | None, text: str) -> str:
     return f'<td class="number" data-v="{key}">{text}</td>'
 
 
-def _main_table(rows: list[dict], models: dict[str, dict], split: str) -> str:
+def _main_table(rows: list[dict], models: dict[str, dict], split: str, kind: Kind) -> str:
     if not rows:
         return ""
     metrics = metric_names(rows)
     costs = [
         (name, header)
         for name, header in (
-            ("generator_calls", "generator calls"),
+            ("generator_calls", kind.calls),
             ("denoiser_calls", "denoiser calls"),
             ("seconds", "seconds"),
         )
         if any(row.get(name) is not None for row in rows)
     ]
+    names = [name for name in ("decoding", "selection") if any(row[name] for row in rows)]
     order = list(models)
     rows = sorted(rows, key=lambda row: order.index(row["model"]))
     best = {}
@@ -362,7 +429,7 @@ def _main_table(rows: list[dict], models: dict[str, dict], split: str) -> str:
         classes = ["first"] * (row["model"] != previous) + ["bound"] * (row["selection"] == "oracle")
         previous = row["model"]
         cells = [f'<td class="name">{_dot(models[row["model"]])}{escape(row["model"])}</td>']
-        cells += [f'<td class="name">{escape(row[name])}</td>' for name in ("decoding", "selection")]
+        cells += [f'<td class="name">{escape(row[name])}</td>' for name in names]
         for metric in metrics:
             entry = row["metrics"].get(metric, {"value": None})
             text = _number(entry["value"], metric)
@@ -373,13 +440,13 @@ def _main_table(rows: list[dict], models: dict[str, dict], split: str) -> str:
             cells.append(_cell(entry["value"], text))
         cells += [_cell(row.get(name), _count(row.get(name))) for name, _ in costs]
         lines.append(f'<tr class="{" ".join(classes)}">{"".join(cells)}</tr>')
-    headers = [("model", False), ("decoding", False), ("selection", False)]
+    headers = [(name, False) for name in ("model", *names)]
     headers += [(metric, True) for metric in metrics] + [(header, True) for _, header in costs]
     scaled = [metric for metric in metrics if scale(metric) == 100]
     how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
     how += ", oracle rows (italic) aside, which choose with the references in hand. "
     how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
-    how += "Calls and seconds are per image. " if costs else ""
+    how += f"Calls and seconds are per {kind.item}. " if costs else ""
     how += "A click on a header sorts."
     return f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>' + _table(
         headers, lines
@@ -439,7 +506,7 @@ def _comparison(folder: Path, split: str, rows: list[dict], models: dict[str, di
     )
 
 
-def _rank_curves(folder: Path, split: str, content: dict, models: dict[str, dict]) -> str:
+def _rank_curves(folder: Path, split: str, content: dict, models: dict[str, dict], kind: Kind) -> str:
     figures = []
     kinds = dict.fromkeys((curve["metric"], curve["selection"]) for curve in content["rank_curves"])
     for metric, selection in kinds:
@@ -449,7 +516,7 @@ def _rank_curves(folder: Path, split: str, content: dict, models: dict[str, dict
             label = f"{metric} against the rank by {selection}, {split}"
             figures.append(render(stem, label, rank_curves, curves, content["rows"], metric, selection, models))
     return _panels(
-        "each image's candidates are ranked by the score, rank 1 is the caption that is kept; a line that "
+        f"each {kind.item}'s candidates are ranked by the score, rank 1 is the {kind.kept} that is kept; a line that "
         "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
         "sample without choice.",
         figures,
@@ -461,8 +528,8 @@ def _primary(candidates: list[dict], field: str, first: str) -> str | None:
     return first if first in names else names[0] if names else None
 
 
-def _score_boxes(folder: Path, split: str, candidates: list[dict], models: dict[str, dict]) -> str:
-    score, metric = _primary(candidates, "scores", "image cycle"), _primary(candidates, "metrics", "CIDEr")
+def _score_boxes(folder: Path, split: str, candidates: list[dict], models: dict[str, dict], kind: Kind) -> str:
+    score, metric = _primary(candidates, "scores", kind.judge), _primary(candidates, "metrics", "CIDEr")
     if score is None or metric is None:
         return ""
     bins = {}
@@ -569,11 +636,17 @@ class _Images:
 
 
 def _gallery(
-    folder: Path, split: str, candidates: list[dict], references: dict, models: dict[str, dict], budget: int
+    folder: Path,
+    split: str,
+    candidates: list[dict],
+    references: dict,
+    models: dict[str, dict],
+    budget: int,
+    kind: Kind,
 ) -> str:
     if not candidates:
         return ""
-    score, metric = _primary(candidates, "scores", "image cycle"), _primary(candidates, "metrics", "CIDEr")
+    score, metric = _primary(candidates, "scores", kind.judge), _primary(candidates, "metrics", "CIDEr")
     by_key: dict[str, list[dict]] = {}
     for row in candidates:
         by_key.setdefault(row["key"], []).append(row)
@@ -583,7 +656,7 @@ def _gallery(
     for side, quality in THUMBNAILS:
         images, cards = _Images(folder, side, quality), []
         for key in keys:
-            card = _card(key, split, by_key[key], references.get(key, []), models, images, score, metric)
+            card = _card(key, split, by_key[key], references.get(key, []), models, images, score, metric, kind)
             if images.size > budget and cards:
                 break
             cards.append(card)
@@ -604,23 +677,25 @@ def _gallery(
         _select("model", "model", {"": "all models", **{name: name for name in present}}),
         _select("score", "candidates by", {name: name for name in ([score, *scores] if score else [""])}),
     ]
-    note = f"{len(cards)} of {len(by_key)} images"
+    note = f"{len(cards)} of {_plural(len(by_key), kind.item)}"
     if len(cards) < len(by_key):
         note += (
             f", chosen in turn from the best, the worst and those on which the models differ most in {metric}"
             if metric
             else ", the first ones"
         )
-    note += ". An image counts with its greedy caption if there is one, else with the one the score keeps."
+    greedy = any(row["decoding"] == "greedy" for row in candidates)
+    note += f". Each {kind.item} counts with "
+    note += (
+        "its greedy caption if there is one, else with the one the score keeps."
+        if greedy
+        else (f"the {kind.kept} the score keeps.")
+    )
     if any(len(group) > SHOWN_CANDIDATES for rows in by_key.values() for group in _by_model(rows).values()):
         note += f" Of more than {SHOWN_CANDIDATES} candidates, {SHOWN_CANDIDATES} evenly spread ranks are shown."
     if images.unreadable:
         note += f" {_plural(len(images.unreadable), 'image')} could not be read: {sorted(images.unreadable)[0]}."
-    how = (
-        "How to read this: left the source and its references; right each model's captions, the greedy "
-        "one first, then the candidates from the best score to the worst, each with the image regenerated "
-        "from it. A click enlarges an image."
-    )
+    how = f"How to read this: {kind.gallery} A click enlarges an image."
     return (
         f'<p class="how">{how}</p><p class="note">{escape(note)}</p><div class="gallery">'
         f'<form class="controls" hidden>{"".join(controls)}<output></output></form>\n'
@@ -655,6 +730,7 @@ def _card(
     images: _Images,
     score: str | None,
     metric: str | None,
+    kind: Kind,
 ) -> str:
     groups, strips = _by_model(rows), []
     for name, model in models.items():
@@ -666,11 +742,10 @@ def _card(
         ranks = range(len(sampled))
         if len(sampled) > SHOWN_CANDIDATES:
             ranks = np.linspace(0, len(sampled) - 1, SHOWN_CANDIDATES).round().astype(int)
-        items = [_candidate(row, images, score, metric, row["decoding"], "pinned") for row in pinned]
+        items = [_candidate(row, images, score, metric, row["decoding"], "pinned", kind) for row in pinned]
         for i in ranks:
             tag = "sample" if score not in sampled[i]["scores"] else "kept" if i == 0 else f"rank {i + 1}"
-            kind = "kept" if tag == "kept" else ""
-            items.append(_candidate(sampled[i], images, score, metric, tag, kind))
+            items.append(_candidate(sampled[i], images, score, metric, tag, "kept" if tag == "kept" else "", kind))
         strips.append(
             f'<div class="strip" data-model="{escape(name)}"><h5>{_dot(model)}{escape(name)}</h5>'
             f'<ol tabindex="0">{"".join(items)}</ol></div>'
@@ -679,21 +754,27 @@ def _card(
     values = escape(json.dumps({name: _outcomes(rows, name, score) for name in names}))
     source = images.element(f"images/{split}/source/{key}.png", f"source {key}", factor=2)
     captions = "".join(f"<li>{escape(caption)}</li>" for caption in references)
+    if kind is IMAGES and references:
+        captions = captions.replace("<li>", "<li><b>", 1).replace("</li>", "</b></li>", 1)
     return (
         f'<article class="card" data-values="{values}"><div class="source">{source}<h4>{escape(key)}</h4>'
         f"<ul>{captions}</ul></div><div>{''.join(strips)}</div></article>"
     )
 
 
-def _candidate(row: dict, images: _Images, score: str | None, metric: str | None, tag: str, kind: str) -> str:
-    names = {"image cycle": "similarity"}
-    numbers = escape(json.dumps({"scores": row["scores"], "metrics": row["metrics"], "names": names}))
-    shown = [f"{names.get(score, score)} {_short(row['scores'][score])}"] if score in row["scores"] else []
+def _candidate(
+    row: dict, images: _Images, score: str | None, metric: str | None, tag: str, style: str, kind: Kind
+) -> str:
+    names = {"image cycle": "similarity"} | kind.scores
+    also = list(kind.scores)
+    numbers = {"scores": row["scores"], "metrics": row["metrics"], "names": names, "also": also}
+    scores = [name for name in dict.fromkeys([score, *also]) if name in row["scores"]]
+    shown = [f"{names.get(name, name)} {_short(row['scores'][name])}" for name in scores]
     if metric in row["metrics"]:
         places = 0 if scale(metric) == 100 else 2
         shown.append(f"{metric} {_number(row['metrics'][metric], metric, places)}")
     return (
-        f'<li class="{kind}" data-numbers="{numbers}"><div class="tag">{escape(tag)}</div>'
+        f'<li class="{style}" data-numbers="{escape(json.dumps(numbers))}"><div class="tag">{escape(tag)}</div>'
         f"{images.element(row.get('image'), row['caption'])}"
         f'<div class="caption">{escape(row["caption"])}</div>'
         f'<div class="values">{escape(chr(10).join(shown))}</div></li>'

@@ -66,7 +66,9 @@ for (const gallery of document.querySelectorAll(".gallery")) {
         const items = [...strip.querySelectorAll("li")];
         items.forEach((item) => {
           const parts = [];
-          if (score in item.numbers.scores) parts.push(`${item.numbers.names[score] ?? score} ${short(item.numbers.scores[score])}`);
+          for (const name of new Set([score, ...item.numbers.also])) {
+            if (name in item.numbers.scores) parts.push(`${item.numbers.names[name] ?? name} ${short(item.numbers.scores[name])}`);
+          }
           if (metric in item.numbers.metrics) parts.push(`${metric} ${(factor * item.numbers.metrics[metric]).toFixed(factor === 1 ? 2 : 0)}`);
           item.querySelector(".values").textContent = parts.join("\n");
         });

@@ -1,40 +1,40 @@
 """Evaluation of captioners: every model and decoding on the same images, a table, figures and a report."""
 
 import json
-import os
-import platform
 import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
-from cyclefit import UserError
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
+from cyclefit.evaluate.common import (
+    Rows,
+    baselines,
+    describe_models,
+    difference,
+    estimate,
+    load_models,
+    machine,
+    outcome_of,
+    print_results,
+    progress_bar,
+    rank_curve,
+    save_image,
+    save_sources,
+    write_json,
+)
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CiderScorer, caption_metrics, caption_scores, describe
-from cyclefit.metrics.statistics import bootstrap_interval, paired_bootstrap
 from cyclefit.report import write_report
 from cyclefit.rerank import rerank, sample_seed, with_others
 from cyclefit.scorers import Scorer
@@ -46,70 +46,8 @@ JUDGES = {
     "image-text": ImageText(),
 }
 """By the name of their rows in the table."""
-
-
-def load_run(folder: Path, checkpoint: str = "last") -> tuple[Captioner, dict]:
-    """The captioner of a run's folder with its trained weights, and the run's configuration.
-
-    Raises:
-        FileNotFoundError: the folder holds no run, or no such checkpoint.
-        UserError: the checkpoint does not fit the configuration.
-
-    """
-    from jsonargparse import ArgumentParser
-
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not (folder / "config.yaml").exists():
-        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
-        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: the run {folder} has saved no such checkpoint yet")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Captioner, "captioner")
-    parsed = parser.parse_object({"captioner": config["model"]["init_args"]["captioner"]})
-    captioner = parser.instantiate_classes(parsed).captioner
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    trained = {k.removeprefix("captioner."): v for k, v in state["state_dict"].items() if k.startswith("captioner.")}
-    if unknown := captioner.load_state_dict(trained, strict=False).unexpected_keys:
-        raise UserError(f"{path} holds parameters the captioner of {folder}/config.yaml lacks, such as {unknown[0]}")
-    config["steps"] = state["global_step"]
-    return captioner, config
-
-
-class Rows:
-    """The rows of `candidates-SPLIT.jsonl`, appended to as they come: an interrupted evaluation goes on from them."""
-
-    def __init__(self, path: Path, stamp: dict):
-        self.path = path
-        self.rows: list[dict] = []
-        settings = path.with_suffix(".settings.json")
-        if path.exists():
-            if json.loads(settings.read_text()) != stamp:
-                raise UserError(f"{path} was written with other settings: delete {path.parent} or choose another --out")
-            complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
-            self.rows = [json.loads(line) for line in complete.splitlines()]
-            # A batch is one write, so only its tail can be torn: samples short of candidates are done again.
-            counts = defaultdict(int)
-            for row in self.rows:
-                counts[row["model"], row["key"]] += 1
-            self.rows = [row for row in self.rows if counts[row["model"], row["key"]] == row["of"]]
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            settings.write_text(json.dumps(stamp, indent=1))
-
-    def done(self, model: str) -> set[str]:
-        """Keys that need no more work."""
-        return {row["key"] for row in self.rows if row["model"] == model}
-
-    def append(self, rows: list[dict]) -> None:
-        """Adds a batch's rows, on disk before anything else happens."""
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += rows
+SHOWN_SIDE = 256
+"""Longest side in pixels of the images kept for the report."""
 
 
 def captions(
@@ -160,13 +98,10 @@ def captions(
     """
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
     single = [Decoding(max_new_tokens=max_new_tokens), Decoding("beam", max_new_tokens=max_new_tokens)]
     nucleus = Decoding("nucleus", num_candidates, max_new_tokens, top_p=nucleus_p)
-    models: dict[str, tuple[Captioner, dict]] = {"base": (captioner, {})}
-    for run in runs or []:
-        models[Path(run).name] = load_run(Path(run), checkpoint)
+    models = load_models(captioner, runs, checkpoint, "captioner")
 
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
@@ -188,27 +123,28 @@ def captions(
     results = {split: _results(table, models, judges, partners, num_candidates) for split, table in tables.items()}
     metrics = {
         "title": "Did the cycle help?",
+        "kind": "captions",
         "created": date.today().isoformat(),
         "metadata": {
             **describe(),
             "scorer": scorer.name,
             "seed": seed,
             "num_candidates": num_candidates,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+            "machine": machine(),
             "commands": [shlex.join(["python", *sys.argv])],
             "seconds": round(time.perf_counter() - started),
         },
-        "models": {name: _described(name, config, i) for i, (name, (_, config)) in enumerate(models.items())},
+        "models": describe_models(models, "captioner"),
         "splits": results,
     }
     if verdict := _verdict(models, results):
         metrics["verdict"] = verdict
-    _write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", metrics)
     for split, table in tables.items():
         _draw_gallery(folder, split, table.rows, partners, gallery)
-        _write_candidates(table)
+        table.rewrite()
     report = write_report(folder)
-    _print(metrics)
+    print_results(metrics, _columns(), names=2)
     print(f"report: {report}")
     return 0
 
@@ -218,14 +154,13 @@ def _evaluate(table, split, model, captioner, partners, judges, decodings, strea
     done, folder, references = table.done(model), table.path.parent, {}
     contrasted = max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
     names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("images")]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+    with progress_bar("images") as progress:
         task = progress.add_task(f"{split}: {model}", total=limit)
         for batch, others in with_others(stream, contrasted):
             references |= dict(zip(batch.keys, batch.references, strict=True))
             todo = [i for i, key in enumerate(batch.keys) if key not in done]
             progress.update(task, advance=len(batch))
-            _save_sources(folder / "images" / split / "source", batch)
+            save_sources(folder / "images" / split / "source", batch, SHOWN_SIDE)
             if not todo:
                 continue
             device, keys = partners.generator.device, [batch.keys[i] for i in todo]
@@ -252,28 +187,7 @@ def _evaluate(table, split, model, captioner, partners, judges, decodings, strea
                 ]
             )
         progress.update(task, total=len(references), completed=len(references))
-    _write_json(folder / f"references-{split}.json", references)
-
-
-def _save_sources(folder: Path, batch) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, image in zip(batch.keys, batch.images, strict=True):
-        path = folder / f"{key}.png"
-        if not path.exists():
-            _save_image(image, path)
-
-
-def _save_image(image: torch.Tensor, path: Path) -> None:
-    pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((256, 256))
-    picture.save(path)
-
-
-def _write_json(path: Path, value) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(path)
+    write_json(folder / f"references-{split}.json", references)
 
 
 def _results(table: Rows, models, judges, partners, num_candidates: int) -> dict:
@@ -315,11 +229,7 @@ def _results(table: Rows, models, judges, partners, num_candidates: int) -> dict
             cost = {k: round(v * different, 1) for k, v in judge.cost(partners, 1).items()}
             judging = seconds[name] * len(pools[0]) / samples[0][0]["of"]
             add(model, "nucleus", name, [r[0] for r in ranked], cost, share * len(pools[0]) + judging)
-            values = []
-            for rank in range(len(pools[0])):
-                mean, low, high = bootstrap_interval([r[rank]["metrics"]["CIDEr"] for r in ranked])
-                values.append({"rank": rank + 1, "value": mean, "low": low, "high": high})
-            curves.append({"model": model, "selection": name, "metric": "CIDEr", "values": values})
+            curves.append(rank_curve(model, name, "CIDEr", ranked))
         best = [max(pool, key=lambda row: row["metrics"]["CIDEr"]) for pool in pools]
         add(model, "nucleus", "oracle", best, none, share * len(pools[0]))
 
@@ -343,40 +253,22 @@ def _metrics(picked: list[dict], corpus: list[list[str]]) -> dict:
     for judge, name in (("image cycle", "image similarity"), ("image-text", "image-text similarity")):
         if judge in picked[0]["scores"]:
             samples[name] = [row["scores"][judge] for row in picked]
-    for name, column in samples.items():
-        mean, low, high = bootstrap_interval(column)
-        shown[name] = {"value": mean, "low": low, "high": high}
-    return shown
-
-
-def _baselines(models) -> tuple[list[str], list[str]]:
-    """Names of the runs without and with a cycle."""
-    cycle = {name: c["model"]["init_args"].get("cycle") for name, (_, c) in models.items() if name != "base"}
-    return [name for name, value in cycle.items() if value is None], [name for name, value in cycle.items() if value]
+    return shown | {name: estimate(column) for name, column in samples.items()}
 
 
 def _differences(models, chosen: dict[str, list[dict]], judges: Iterable[str]) -> list[dict]:
-    plain, cycles = _baselines(models)
+    plain, cycles = baselines(models, "captioner")
     single = ("nucleus", "greedy")
     pairs = [(f"{a} · {decoding}", f"{b} · {decoding}") for decoding in single for a in cycles for b in plain]
     pairs += [(f"{a} · {decoding}", "base · image cycle") for decoding in single for a in cycles]
     pairs += [(f"base · {judge}", "base · nucleus") for judge in judges]
     pairs += [("base · image cycle", "base · image-text")]
-    rows = []
-    for a, b in pairs:
-        if a not in chosen or b not in chosen:
-            continue
-        first, second = ([row["metrics"]["CIDEr"] for row in chosen[name]] for name in (a, b))
-        value, low, high, p = paired_bootstrap(first, second)
-        relative = value / np.mean(second) if np.mean(second) else 0.0
-        rows.append({"metric": "CIDEr", "a": a, "b": b, "value": value, "low": low, "high": high, "p": p}
-                    | {"relative": float(relative)})  # fmt: skip
-    return rows
+    return [difference("CIDEr", a, b, chosen) for a, b in pairs if a in chosen and b in chosen]
 
 
 def _verdict(models, results: dict) -> dict | None:
     """Whether the first run with a cycle beats the first without: one nucleus sample as in the paper, then greedy."""
-    plain, cycles = _baselines(models)
+    plain, cycles = baselines(models, "captioner")
     if not plain or not cycles:
         return None
     split, result = next(iter(results.items()))
@@ -386,34 +278,12 @@ def _verdict(models, results: dict) -> dict | None:
         row = rows[f"{cycles[0]} · {decoding}", f"{plain[0]} · {decoding}"]
         gain, low, high = (f"{100 * row[k]:+.1f}" for k in ("value", "low", "high"))
         said.append((row, f"{name} {gain} CIDEr (95 % interval {low} to {high})"))
-    sampled = said[0][0]
-    if sampled["low"] > 0:
-        outcome = "The cycle helped"
-    elif sampled["high"] < 0:
-        outcome = "The cycle hurt"
-    else:
-        outcome = "The cycle made no difference that these images can show"
+    better, outcome = outcome_of(said[0][0])
     return {
-        "better": None if sampled["low"] <= 0 <= sampled["high"] else sampled["low"] > 0,
+        "better": better,
         "sentence": f"{outcome}: {cycles[0]} against {plain[0]} on {result['num_images']} images of {split}, "
         f"{said[0][1]}, {said[1][1]}.",
     }
-
-
-def _described(name: str, config: dict, index: int) -> dict:
-    if not config:
-        return {"description": "before finetuning", "color_index": index}
-    cycle = config["model"]["init_args"].get("cycle")
-    own = "finetuned with its own loss"
-    if cycle is None:
-        described = own
-    else:
-        reward = cycle.get("init_args", {}).get("reward")
-        what = cycle["class_path"].rpartition(".")[2] + (
-            f" ({reward['class_path'].rpartition('.')[2]})" if reward else ""
-        )
-        described = f"{own} and a cycle: {what}"
-    return {"description": described, "steps": config["steps"], "color_index": index}
 
 
 def _draw_gallery(folder: Path, split: str, rows: list[dict], partners: Partners, count: int) -> None:
@@ -435,74 +305,39 @@ def _draw_gallery(folder: Path, split: str, rows: list[dict], partners: Partners
     if not distinct:
         return
     drawn = partners.generator.generate([caption for caption, _ in distinct], [seed for _, seed in distinct])
-    target = folder / "images" / split / "regenerated"
-    target.mkdir(parents=True, exist_ok=True)
     names = {}
     for number, (pair, image) in enumerate(zip(distinct, drawn, strict=True)):
         names[pair] = f"images/{split}/regenerated/{distinct[pair]['key']}-{number:05d}.png"
-        _save_image(image, folder / names[pair])
+        save_image(image, folder / names[pair], SHOWN_SIDE)
     for row in wanted:
         row["image"] = names[row["caption"], row["noise_seed"]]
 
 
-def _write_candidates(table: Rows) -> None:
-    partial = table.path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in table.rows))
-    partial.replace(table.path)
+def _columns() -> dict[str, Callable[[dict], str]]:
+    """The printed table: each column's text of a row."""
 
+    def percent(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{100 * row['metrics'][name]['value']:.1f}"
 
-def _print(metrics: dict) -> None:
-    console = Console()
-    console.width = max(console.width, 140)
-    for split, result in metrics["splits"].items():
-        table = Table(title=f"{split}: {result['num_images']} images")
-        for column in (
-            "model",
-            "decoding",
-            "CIDEr [95 %]",
-            "BLEU-4",
-            "ROUGE-L",
-            "words",
-            "image sim.",
-            "drawn",
-            "denoised",
-            "s",
-        ):
-            table.add_column(column, justify="left" if column in ("model", "decoding") else "right")
-        for row in result["rows"]:
-            m = row["metrics"]
-            c = m["CIDEr"]
-            similarity = m.get("image similarity", {}).get("value")
-            table.add_row(
-                row["model"],
-                row["decoding"] if row["selection"] == "single" else f"{row['decoding']}, best by {row['selection']}",
-                f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]",
-                f"{100 * m['BLEU-4']['value']:.1f}",
-                f"{100 * m['ROUGE-L']['value']:.1f}",
-                f"{m['words']['value']:.1f}",
-                "" if similarity is None else f"{similarity:.3f}",
-                f"{row['generator_calls']:.0f}",
-                f"{row['denoiser_calls']:.0f}",
-                f"{row['seconds']:.2f}",
-            )
-        console.print(table)
-    if "verdict" in metrics:
-        console.print(f"[bold]{metrics['verdict']['sentence']}[/bold]")
+    def cider(row: dict) -> str:
+        c = row["metrics"]["CIDEr"]
+        return f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]"
 
+    def similarity(row: dict) -> str:
+        return f"{m['value']:.3f}" if (m := row["metrics"].get("image similarity")) else ""
 
-def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`."""
-    from jsonargparse import ArgumentParser
+    def decoding(row: dict) -> str:
+        return row["decoding"] if row["selection"] == "single" else f"{row['decoding']}, best by {row['selection']}"
 
-    from cyclefit.cli import resolve_configs
-
-    parser = ArgumentParser(prog="evaluate.py", description="Evaluates finetuned models against reranked inference.")
-    commands = parser.add_subcommands()
-    sub = ArgumentParser(description=captions.__doc__.split("\n\n")[0])
-    sub.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
-    sub.add_function_arguments(captions)
-    commands.add_subcommand("captions", sub)
-    parsed = parser.parse_args(resolve_configs(arguments))
-    values = parser.instantiate_classes(parsed)["captions"].as_dict()
-    values.pop("config", None)
-    return captions(**values)
+    return {
+        "model": lambda row: row["model"],
+        "decoding": decoding,
+        "CIDEr [95 %]": cider,
+        "BLEU-4": percent("BLEU-4"),
+        "ROUGE-L": percent("ROUGE-L"),
+        "words": lambda row: f"{row['metrics']['words']['value']:.1f}",
+        "image sim.": similarity,
+        "drawn": lambda row: f"{row['generator_calls']:.0f}",
+        "denoised": lambda row: f"{row['denoiser_calls']:.0f}",
+        "s": lambda row: f"{row['seconds']:.2f}",
+    }

@@ -1,0 +1,405 @@
+"""Evaluation of generators: every model draws the same prompts, a table, figures and a report."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cyclefit import UserError
+from cyclefit.batch import Batch
+from cyclefit.captioners import Captioner
+from cyclefit.data import evaluation_batches
+from cyclefit.evaluate.common import (
+    Rows,
+    baselines,
+    describe_models,
+    difference,
+    estimate,
+    load_models,
+    machine,
+    outcome_of,
+    print_results,
+    progress_bar,
+    rank_curve,
+    save_image,
+    save_sources,
+    write_json,
+)
+from cyclefit.generators import Generator
+from cyclefit.loading import freeze, half_on_gpu
+from cyclefit.metrics.captions import CiderScorer, describe
+from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.report import write_report
+from cyclefit.rerank import Drawings, rerank_images, sample_seed
+from cyclefit.scorers import Scorer
+
+JUDGES = ("text cycle", "image-text")
+
+
+def images(
+    shards: dict[str, str],
+    generator: Generator,
+    captioner: Captioner,
+    scorer: Scorer,
+    held_out: Scorer | None = None,
+    runs: list[str] | None = None,
+    out: str = "runs/image_evaluation",
+    num_candidates: int = 10,
+    rerank_runs: bool = False,
+    max_new_tokens: int = 30,
+    image_size: int = 512,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    limit: int | None = None,
+    checkpoint: str = "last",
+    seed: int = 0,
+) -> int:
+    """Evaluates generators: one image per prompt, the best of N by the text cycle and by image-text, and the oracle.
+
+    A prompt is the first reference caption of an image, which its drawings are compared with. Writes `metrics.json`,
+    `candidates-SPLIT.jsonl`, every image, `table-SPLIT.csv`, figures and `report.html` into `out`. Interrupted, it goes
+    on where it stopped.
+
+    Args:
+        shards: the splits by name; the first is the one the verdict is about.
+        generator: the base model, before finetuning; its steps and guidance are used for all models.
+        captioner: frozen, before finetuning: captions the images for the text cycle.
+        scorer: CLIP, which judges candidates.
+        held_out: a second scorer, on which nothing is trained and which chooses nothing.
+        runs: folders of finetuned generators.
+        out: the folder of the evaluation.
+        num_candidates: N images per prompt.
+        rerank_runs: rerank the finetuned models too, not only the base.
+        max_new_tokens: length limit of captions.
+        image_size: side of the reference images.
+        batch_size: prompts drawn together; no influence on the results.
+        num_workers: processes that read images.
+        limit: prompts of each split, all if not given.
+        checkpoint: `last` or `best` of each run.
+        seed: of the noise.
+
+    """
+    folder, started = Path(out), time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorers = {s.label: s for s in (scorer, held_out) if s is not None}
+    if held_out is not None and len(scorers) == 1:
+        raise UserError(f"the held-out scorer is {scorer.name}, as the scorer is: give another one, or none")
+    models = load_models(generator, runs, checkpoint, "generator")
+    for model in (captioner, *scorers.values()):
+        half_on_gpu(freeze(model.to(device)))
+    # All models draw as the base does, whatever their runs were validated with.
+    sampling = {name: getattr(generator, name, None) for name in ("steps", "guidance_scale")}
+
+    tables, prompts = {}, {}
+    for split, urls in shards.items():
+        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "rerank_runs": rerank_runs, "limit": limit}
+        stamp |= {"scorer": scorer.name, "held_out": held_out.name if held_out is not None else None, **sampling}
+        stamp |= {
+            "image_size": image_size,
+            "max_new_tokens": max_new_tokens,
+            "models": {name: config.get("steps") for name, (_, config) in models.items()},
+        }
+        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp)
+        stream = evaluation_batches(
+            urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
+        )
+        prompts[split] = _read(folder, split, stream, scorers, device, limit)
+        for model, (network, _) in models.items():
+            count = num_candidates if model == "base" or rerank_runs else 1
+            half_on_gpu(freeze(network.to(device)))
+            draw = partial(rerank_images, network, captioner, scorer, **sampling, max_new_tokens=max_new_tokens)
+            _evaluate(table, split, model, count, draw, captioner, scorers, prompts[split], batch_size, seed)
+            network.to("cpu")
+
+    calls = generator.calls_per_image(**sampling)
+    chosen = {split: _choose(table, models, prompts[split], scorers) for split, table in tables.items()}
+    results = {split: _results(chosen[split], tables[split], models, scorers, calls) for split in tables}
+    inception_note = _add_distances(folder, results, chosen, device)
+    metrics = {
+        "title": "Did the cycle help?",
+        "kind": "images",
+        "created": date.today().isoformat(),
+        "metadata": {
+            **describe(),
+            "scorer": scorer.name,
+            "held_out": held_out.name if held_out is not None else None,
+            "FID": inception_note,
+            "seed": seed,
+            "num_candidates": num_candidates,
+            **sampling,
+            "machine": machine(),
+            "commands": [shlex.join(["python", *sys.argv])],
+            "seconds": round(time.perf_counter() - started),
+        },
+        "models": describe_models(models, "generator"),
+        "splits": results,
+    }
+    if verdict := _verdict(models, results, list(scorers)):
+        metrics["verdict"] = verdict
+    write_json(folder / "metrics.json", metrics)
+    for table in tables.values():
+        table.rewrite()
+    report = write_report(folder)
+    print_results(metrics, _columns(list(scorers)), names=2, unit="prompts")
+    print(f"FID and KID: {inception_note}")
+    print(f"report: {report}")
+    return 0
+
+
+@dataclass
+class _Prompts:
+    """A split's prompts and what drawings are compared with."""
+
+    references: dict[str, list[str]]
+    """By key; the first is the prompt."""
+    images: dict[str, Float[Tensor, "n d"]]
+    """By scorer, the embeddings of the reference images, in the order of `references`."""
+    distinct: list[str]
+    """The prompts without repetition: what retrieval chooses among."""
+    texts: dict[str, Float[Tensor, "m d"]]
+    """By scorer, the embeddings of `distinct`."""
+
+
+@torch.no_grad()
+def _read(folder: Path, split: str, stream: Iterable[Batch], scorers, device, limit: int | None) -> _Prompts:
+    """Reads a split once, saves its images and captions, and embeds both."""
+    references, embedded = {}, {label: [] for label in scorers}
+    with progress_bar("images") as progress:
+        task = progress.add_task(f"{split}: references", total=limit)
+        for batch in stream:
+            references |= dict(zip(batch.keys, batch.references, strict=True))
+            save_sources(folder / "images" / split / "source", batch)
+            for label, scorer in scorers.items():
+                embedded[label].append(scorer.embed_images(batch.images.to(device)).cpu())
+            progress.update(task, advance=len(batch))
+        progress.update(task, total=len(references), completed=len(references))
+    write_json(folder / f"references-{split}.json", references)
+    distinct = list(dict.fromkeys(captions[0] for captions in references.values()))
+    texts = {label: scorer.embed_texts(distinct).cpu() for label, scorer in scorers.items()}
+    return _Prompts(references, {label: torch.cat(rows) for label, rows in embedded.items()}, distinct, texts)
+
+
+def _evaluate(
+    table: Rows,
+    split: str,
+    model: str,
+    count: int,
+    draw: Callable[[list[str], list[int]], Drawings],
+    captioner: Captioner,
+    scorers: dict[str, Scorer],
+    prompts: _Prompts,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Appends one model's candidates on one split to its table, after their images."""
+    done, keys = table.done(model), list(prompts.references)
+    todo = [i for i, key in enumerate(keys) if key not in done]
+    with progress_bar("images") as progress:
+        finished = count * (len(keys) - len(todo))
+        task = progress.add_task(f"{split}: {model}", total=count * len(keys), completed=finished)
+        for start in range(0, len(todo), batch_size):
+            drawn = [(i, k) for i in todo[start : start + batch_size] for k in range(count)]
+            texts = [prompts.references[keys[i]][0] for i, _ in drawn]
+            seeds = [sample_seed(f"{keys[i]}/{k}", seed) for i, k in drawn]
+            made = draw(texts, seeds)
+            metrics = _measure(made, texts, [i for i, _ in drawn], captioner, scorers, prompts)
+            seconds = {name: round(value / len(drawn), 5) for name, value in made.seconds.items()}
+            rows = [
+                {
+                    "key": keys[i],
+                    "model": model,
+                    "index": k,
+                    "prompt": texts[j],
+                    "seed": seeds[j],
+                    "caption": made.captions[j],
+                    "scores": {name: round(float(values[j]), 6) for name, values in made.scores.items()},
+                    "metrics": {name: round(float(values[j]), 6) for name, values in metrics.items()},
+                    "image": f"images/{split}/{model}/{keys[i]}-{k}.png",
+                    "seconds": seconds,
+                    "of": count,
+                }
+                for j, (i, k) in enumerate(drawn)
+            ]
+            for row, image in zip(rows, made.images, strict=True):
+                save_image(image, table.path.parent / row["image"])
+            table.append(rows)
+            progress.update(task, advance=len(rows))
+
+
+@torch.no_grad()
+def _measure(made: Drawings, texts: list[str], places: list[int], captioner, scorers, prompts) -> dict[str, Tensor]:
+    """What is measured of each image alone; `places` are the prompts' in their split."""
+    tokens = captioner.tokenize(texts)
+    likelihood = captioner.log_prob(captioner.embed(made.images), tokens) / captioner.mask(tokens).sum(1)
+    place = {text: i for i, text in enumerate(prompts.distinct)}
+    own = torch.tensor([place[text] for text in texts])
+    values = {"captioner NLL": -likelihood.cpu()}
+    for label, scorer in scorers.items():
+        embedded, captions = scorer.embed_images(made.images).cpu(), scorer.embed_texts(made.captions).cpu()
+        similarities = embedded @ prompts.texts[label].T
+        matched = similarities.gather(1, own[:, None])
+        rank = (similarities > matched).sum(1)
+        values[f"image similarity ({label})"] = (embedded * prompts.images[label][places]).sum(-1)
+        values[f"image-text similarity ({label})"] = matched[:, 0]
+        values[f"text similarity ({label})"] = (captions * prompts.texts[label][own]).sum(-1)
+        values |= {f"R@{k} ({label})": (rank < k).float() for k in (1, 5)}
+    return values
+
+
+Chosen = dict[tuple[str, str], list[dict]]
+"""By model and selection, the kept row of each prompt."""
+
+
+def _choose(table: Rows, models, prompts: _Prompts, scorers: dict[str, Scorer]) -> tuple[Chosen, dict]:
+    """What each selection keeps, and each model's candidates by judge, best first; adds CIDEr to the rows."""
+    place = {key: i for i, key in enumerate(prompts.references)}
+    cider = CiderScorer(list(prompts.references.values()))
+    scores = cider.score([row["caption"] for row in table.rows], [place[row["key"]] for row in table.rows])["CIDEr"]
+    candidates: dict[str, list[list[dict]]] = {name: [[] for _ in place] for name in models}
+    for row, score in zip(table.rows, scores, strict=True):
+        row["metrics"] = {"CIDEr": round(float(score), 6)} | {k: v for k, v in row["metrics"].items() if k != "CIDEr"}
+        candidates[row["model"]][place[row["key"]]].append(row)
+    oracle = f"image similarity ({next(iter(scorers))})"
+    chosen: Chosen = {}
+    ranked = {}
+    for model, samples in candidates.items():
+        chosen[model, "single"] = [sample[0] for sample in samples]
+        if len(samples[0]) == 1:
+            continue
+        for judge in JUDGES:
+            rows = [sorted(sample, key=lambda row: -row["scores"][judge]) for sample in samples]
+            ranked[model, judge] = rows
+            chosen[model, judge] = [row[0] for row in rows]
+        chosen[model, "oracle"] = [max(sample, key=lambda row: row["metrics"][oracle]) for sample in samples]
+    return chosen, ranked
+
+
+def _results(selected: tuple[Chosen, dict], table: Rows, models, scorers: dict[str, Scorer], calls: int) -> dict:
+    """The table's rows, differences and rank curves of one split."""
+    chosen, ranked = selected
+    held_out, rows = list(scorers)[-1], []
+    for (model, selection), picked in chosen.items():
+        count = 1 if selection == "single" else picked[0]["of"]
+        seconds = {name: float(np.mean([row["seconds"][name] for row in picked])) for name in picked[0]["seconds"]}
+        rows.append(
+            {
+                "model": model,
+                "selection": selection,
+                "generator_calls": count,
+                "denoiser_calls": count * calls,
+                "seconds": count * (seconds["drawing"] + seconds.get(selection, 0)),
+                "metrics": {name: estimate([row["metrics"][name] for row in picked]) for name in picked[0]["metrics"]},
+            }
+        )
+    return {
+        "num_images": len(chosen["base", "single"]),
+        "rows": rows,
+        "differences": _differences(models, chosen, list(scorers)),
+        "rank_curves": [
+            rank_curve(model, judge, metric, order)
+            for metric in (f"image similarity ({held_out})", "CIDEr")
+            for (model, judge), order in ranked.items()
+        ],
+    }
+
+
+def _differences(models, chosen: Chosen, scorers: list[str]) -> list[dict]:
+    """Runs with a cycle against those without and against reranking, and reranking against one image."""
+    plain, cycles = baselines(models, "generator")
+    pairs = [(f"{a} · single", f"{b} · single") for a in cycles for b in plain]
+    pairs += [(f"{a} · single", "base · text cycle") for a in cycles]
+    pairs += [("base · text cycle", "base · single"), ("base · text cycle", "base · image-text")]
+    named = {" · ".join(name): picked for name, picked in chosen.items()}
+    metrics = [f"image similarity ({label})" for label in reversed(scorers)]
+    metrics += ["CIDEr", f"image-text similarity ({scorers[-1]})"]
+    return [difference(metric, a, b, named) for a, b in pairs if a in named and b in named for metric in metrics]
+
+
+def _verdict(models, results: dict, scorers: list[str]) -> dict | None:
+    """Whether one image of the first run with a cycle is more like the reference than one of the first without.
+
+    By the held-out scorer where there is one, for the other may have been trained on.
+    """
+    plain, cycles = baselines(models, "generator")
+    if not plain or not cycles:
+        return None
+    split, result = next(iter(results.items()))
+    a, b = f"{cycles[0]} · single", f"{plain[0]} · single"
+    rows = {row["metric"]: row for row in result["differences"] if (row["a"], row["b"]) == (a, b)}
+
+    def said(metric: str, scale: int = 1) -> str:
+        places = 1 if scale == 100 else 3
+        # 0.0 is added because a rounded -0.0 would read as a loss.
+        gain, low, high = (
+            f"{round(scale * rows[metric][k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high")
+        )
+        return f"{gain} (95 % interval {low} to {high})"
+
+    *trained, judge = (f"image similarity ({label})" for label in scorers)
+    better, outcome = outcome_of(rows[judge])
+    similarity = f"image similarity {said(judge)} on the {'held-out ' if trained else ''}scorer {scorers[-1]}"
+    if trained:
+        similarity += f", beside {said(trained[0])} on {scorers[0]}"
+    return {
+        "better": better,
+        "sentence": f"{outcome}: {cycles[0]} against {plain[0]} on {result['num_images']} prompts of {split}, "
+        f"{similarity}; CIDEr of the image's caption {said('CIDEr', 100)}.",
+    }
+
+
+def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen, dict]], device) -> str:
+    """Adds FID and KID to the rows of every split; returns what was done, or why not and the way out."""
+    fewest = min(result["num_images"] for result in results.values())
+    if fewest < 2:
+        return "not computed, because they need two images: raise limit"
+    try:
+        network = inception().to(device)
+    except UserError as error:
+        return f"not computed, because {error}"
+    for split, (chosen, _) in selected.items():
+        sources = [f"images/{split}/source/{row['key']}.png" for row in chosen["base", "single"]]
+        names = list(dict.fromkeys([*sources, *(row["image"] for picked in chosen.values() for row in picked)]))
+        extracted = features(network, [folder / name for name in names])
+        place = {name: i for i, name in enumerate(names)}
+        real = extracted[[place[name] for name in sources]]
+        for row, picked in zip(results[split]["rows"], chosen.values(), strict=True):
+            distances = inception_distances(real, extracted[[place[kept["image"]] for kept in picked]])
+            row["metrics"] |= {name: {"value": value} for name, value in distances.items()}
+    return f"over {fewest} images or more, torchmetrics" + (", biased upwards on so few" if fewest < 2048 else "")
+
+
+def _columns(scorers: list[str]) -> dict[str, Callable[[dict], str]]:
+    """The printed table: each column's text of a row."""
+
+    def number(name: str, scale: int = 1, places: int = 3) -> Callable[[dict], str]:
+        return lambda row: f"{scale * row['metrics'][name]['value']:.{places}f}"
+
+    def cider(row: dict) -> str:
+        c = row["metrics"]["CIDEr"]
+        return f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]"
+
+    def image(row: dict) -> str:
+        return row["selection"] if row["selection"] in ("single", "oracle") else f"best by {row['selection']}"
+
+    label = scorers[-1]
+    return {
+        "model": lambda row: row["model"],
+        "image": image,
+        "CIDEr [95 %]": cider,
+        f"image sim. ({label})": number(f"image similarity ({label})"),
+        f"image-text sim. ({label})": number(f"image-text similarity ({label})"),
+        "caption NLL": number("captioner NLL", places=2),
+        f"R@1 ({label})": number(f"R@1 ({label})", 100, 0),
+        "drawn": lambda row: f"{row['generator_calls']}",
+        "denoised": lambda row: f"{row['denoiser_calls']}",
+        "s": lambda row: f"{row['seconds']:.2f}",
+    }

@@ -1,0 +1,183 @@
+"""Export of a run for other software: `python -m cyclefit.export RUN --format diffusers|kohya|blip --out PATH`."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from cyclefit import UserError
+from cyclefit.captioners import Blip, Captioner
+from cyclefit.generators import Lora
+
+FORMATS = {"diffusers": "generator", "kohya": "generator", "blip": "captioner"}
+"""Which model of a run each format holds."""
+
+
+def export(run: Path, form: str, out: Path, checkpoint: str = "last") -> str:
+    """Writes what a run trained in a format of other libraries; returns the lines that load it there.
+
+    `diffusers`: a folder for `StableDiffusionPipeline.load_lora_weights`. `kohya`: one safetensors file in the naming
+    of kohya's sd-scripts for Stable Diffusion 1 and 2, which ComfyUI and others read. `blip`: a folder for
+    `BlipForConditionalGeneration.from_pretrained` with tokenizer and image processor, adapters merged into the weights.
+    A generator's moving average is exported where the run kept one. `out` appears complete or not at all.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+        UserError: the run did not train what the format holds, or `out` exists.
+
+    """
+    if form == "kohya" and out.suffix != ".safetensors":
+        raise UserError(f"--format kohya writes one file: let --out {out} end in .safetensors")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists: delete it or choose another --out")
+    config, trained = _trained(run, checkpoint)
+    found = {name.partition(".")[0] for name in trained}
+    if FORMATS[form] not in found:
+        possible = ", ".join(name for name, model in FORMATS.items() if model in found)
+        raise UserError(f"{run} trained no {FORMATS[form]}, which --format {form} needs; its formats: {possible}")
+    weights = {name.partition(".")[2]: w for name, w in trained.items() if name.startswith(f"{FORMATS[form]}.")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    _remove(partial)
+    try:
+        usage = {"diffusers": _diffusers, "kohya": _kohya, "blip": _blip}[form](config, weights, partial, out)
+        partial.replace(out)
+    finally:
+        _remove(partial)
+    return usage
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _trained(run: Path, checkpoint: str) -> tuple[dict, dict[str, Tensor]]:
+    """A run's models as configured, and its trained parameters by name, `captioner...` and `generator...`."""
+    path = run / "checkpoints" / f"{checkpoint}.ckpt"
+    if not (run / "config.yaml").exists():
+        runs = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))) or "none"
+        raise FileNotFoundError(f"{run} holds no run (no config.yaml in it); runs beside it: {runs}")
+    if not path.exists():
+        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    # The moving average lists the same parameters in the same order.
+    tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
+    # Where both models were trained, each is inside its half.
+    names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
+    return config, dict(zip(names, tensors, strict=True))
+
+
+def _adapters(config: dict, weights: dict[str, Tensor]) -> tuple[Lora, dict[str, dict[str, Tensor]]]:
+    """LoRA settings; adapters of `unet` and `text_encoder` by name, such as `...to_q.lora_A.weight`."""
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}}
+    for name, weight in weights.items():
+        part, _, inner = name.replace(".default.", ".").partition(".")
+        if part not in parts or ".lora_" not in inner:
+            raise UserError(f"the run trained {name}: only adapters of a UNet and its text encoder can be exported")
+        # transformers 5 dropped this level of CLIPTextModel; files keep it, and diffusers removes it where it must.
+        prefix = "text_model." if part == "text_encoder" and not inner.startswith("text_model.") else ""
+        parts[part][prefix + inner] = weight.contiguous()
+    lora = config["generator"]["init_args"]["lora"]
+    return Lora(**lora | {"targets": tuple(lora["targets"])}), parts
+
+
+def _diffusers(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
+    from diffusers import StableDiffusionPipeline
+
+    lora, parts = _adapters(config, weights)
+    # Without it diffusers takes alpha for the rank. No more than this: other versions of peft know other settings.
+    settings = {"r": lora.rank, "lora_alpha": lora.alpha}
+    encoder = {name.partition(".lora_")[0].rpartition(".")[2] for name in parts["text_encoder"]}
+    StableDiffusionPipeline.save_lora_weights(
+        partial,
+        unet_lora_layers=parts["unet"],
+        text_encoder_lora_layers=parts["text_encoder"],
+        unet_lora_adapter_metadata=settings | {"target_modules": sorted(lora.targets)},
+        text_encoder_lora_adapter_metadata=settings | {"target_modules": sorted(encoder)},
+    )
+    return _usage_of_lora(config, out)
+
+
+def _kohya(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
+    from safetensors.torch import save_file
+
+    lora, parts = _adapters(config, weights)
+    tensors = {}
+    for part, prefix in {"unet": "lora_unet", "text_encoder": "lora_te"}.items():
+        for name, weight in parts[part].items():
+            module, _, matrix = name.partition(".lora_")
+            key = f"{prefix}_{module.replace('.', '_')}"
+            tensors[f"{key}.lora_{'down' if matrix.startswith('A') else 'up'}.weight"] = weight
+            tensors[f"{key}.alpha"] = torch.tensor(float(lora.alpha))
+    save_file(tensors, partial, metadata={"format": "pt"})
+    return _usage_of_lora(config, out)
+
+
+def _usage_of_lora(config: dict, out: Path) -> str:
+    return (
+        "from diffusers import StableDiffusionPipeline\n"
+        f"pipeline = StableDiffusionPipeline.from_pretrained({config['generator']['init_args']['pretrained']!r})\n"
+        f"pipeline.load_lora_weights({str(out)!r})"
+    )
+
+
+def _blip(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
+    from jsonargparse import ArgumentParser
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import BlipImageProcessor
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Captioner, "captioner")
+    captioner = parser.instantiate_classes(parser.parse_object({"captioner": config["captioner"]})).captioner
+    if not isinstance(captioner, Blip):
+        raise UserError(f"--format blip exports a Blip, not a {type(captioner).__name__}")
+    expected = {name for name, parameter in captioner.named_parameters() if parameter.requires_grad}
+    if different := expected ^ weights.keys():
+        raise UserError(f"the checkpoint does not fit the run's config.yaml: {min(different)} is in one of them only")
+    captioner.load_state_dict(weights, strict=False)
+    for name, module in list(captioner.model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            captioner.model.set_submodule(name, module.get_base_layer())
+    captioner.model.save_pretrained(partial)
+    captioner.tokenizer.save_pretrained(partial)
+    # What `Blip.embed` does.
+    side = captioner.image_size
+    mean, std = (values.flatten().tolist() for values in (captioner.image_mean, captioner.image_std))
+    BlipImageProcessor(size={"height": side, "width": side}, image_mean=mean, image_std=std).save_pretrained(partial)
+    prompt = captioner.tokenizer.decode(captioner.prefix[1:])
+    return (
+        "from transformers import AutoProcessor, BlipForConditionalGeneration\n"
+        f"processor = AutoProcessor.from_pretrained({str(out)!r})\n"
+        f"model = BlipForConditionalGeneration.from_pretrained({str(out)!r})\n"
+        f"inputs = processor(images=image, text={prompt!r}, return_tensors='pt')\n"
+        "caption = processor.decode(model.generate(**inputs, max_new_tokens=30)[0], skip_special_tokens=True)"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m cyclefit.export RUN --format FORMAT --out PATH [--checkpoint last|best]`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cyclefit.export", description="Writes what a run trained for other software."
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="diffusers, kohya: a LoRA; blip: a captioner")
+    parser.add_argument("--out", type=Path, required=True, help="what to write: a folder; kohya: a .safetensors file")
+    parser.add_argument("--checkpoint", choices=["last", "best"], default="last")
+    parsed = parser.parse_args(arguments)
+    usage = export(parsed.run, parsed.format, parsed.out, parsed.checkpoint)
+    print(f"exported {parsed.checkpoint} of {parsed.run} to {parsed.out}; load it with\n\n{usage}")
+    return 0
+
+
+if __name__ == "__main__":
+    from cyclefit.cli import run
+
+    run(main)
