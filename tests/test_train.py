@@ -127,7 +127,9 @@ def test_a_run_leaves_everything_in_its_folder(launch):
 
 def test_last_is_the_newest_state_and_best_the_best_by_cider(launch):
     """A learning rate that wrecks the captions: CIDEr falls after the first validation."""
-    run = launch("miniature_blip.yaml", "falls", "--model.optimizer.init_args.lr=0.5", "--model.warmup_steps=0", steps=5)
+    run = launch(
+        "miniature_blip.yaml", "falls", "--model.optimizer.init_args.lr=0.5", "--model.warmup_steps=0", steps=5
+    )
     cider = values(run, "val/CIDEr")
     assert cider[1] > cider[3], cider
     best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
@@ -197,19 +199,21 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, world):
             "--data.batch_size=8",
             "--data.validation_size=24",
             "--model.round_trip_images=0",
+            "--data.num_workers=1",
             f"--runs={tmp_path}",
         ]
         return [sys.executable, "train.py", "--config", "miniature_cycle_blip.yaml", "--name", name, *small, *more]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command("run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+        command("run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the loader's workers too
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said
