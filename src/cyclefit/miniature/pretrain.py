@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cyclefit.miniature import WEIGHTS, scenes
 from cyclefit.miniature.vocabularies import CONTEXT_LENGTH, write_bpe, write_wordpiece
 
-STEPS = {"vae": 2000, "decoder": 500, "captioner": 1000, "clip": 500}
+STEPS = {"vae": 2000, "decoder": 500, "captioner": 2500, "clip": 500}
 STEPS |= {"text_encoder": 500, "generator": 3000, "clip-heldout": 600, "probe": 500}
 SIZE_LIMIT = 24_000_000
 """Bytes that the shipped weights may take together."""
@@ -397,7 +397,7 @@ def train_captioner(out: Path, seed: int) -> None:
     images, _, _ = world("captioner", seed)
     torch.manual_seed(seed)
     tokenizer = write_wordpiece(out)
-    ids = tokens(tokenizer, captions("captioner", seed, ("web",) * 2))
+    ids = tokens(tokenizer, captions("captioner", seed, ("web",) * 4))
     begin = tokenizer.convert_tokens_to_ids("[DEC]")
     ids[..., 0] = begin
     common = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}

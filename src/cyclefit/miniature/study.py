@@ -34,10 +34,10 @@ REGENERATION += ["--model.cycle.reward.guidance_scale=3.0"]
 VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
     # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
     "plain": ("miniature_blip.yaml", [], []),
-    "contrastive denoising": (REWARD, [], [1.0, 0.5]),
-    "regeneration": (REWARD, REGENERATION, [1.0, 0.5]),
-    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [1.0, 0.5]),
-    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0"], [1.0, 0.5]),
+    "contrastive denoising": (REWARD, [], [0.5, 1.0]),
+    "regeneration": (REWARD, REGENERATION, [0.5]),
+    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [0.5, 1.0]),
+    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0"], [0.5]),
     "soft, teacher-forced": (SOFT, [], [10.0, 1.0]),
     "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0]),
     "straight-through, sampled": (
