@@ -310,19 +310,21 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path, world):
             "--data.batch_size=8",
             "--data.validation_size=24",
             "--model.round_trip_images=0",
+            "--data.num_workers=1",
             f"--runs={tmp_path}",
         ]
         return [sys.executable, "train.py", "--config", "miniature_cycle_blip.yaml", "--name", name, *small, *more]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command("run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+        command("run"), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the loader's workers too
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "Traceback" not in said

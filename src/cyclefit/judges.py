@@ -128,9 +128,9 @@ class Denoising(Judge):
 
     num_others: int = 0
     contrast: float = 1.0
-    min_timestep: int = 400
-    max_timestep: int = 700
-    num_timesteps: int = 2
+    min_timestep: int = 0
+    max_timestep: int = 1000
+    num_timesteps: int = 4
     """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
     batch_size: int = 256
     """Latents that go through the denoiser together."""

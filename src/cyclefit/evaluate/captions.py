@@ -42,7 +42,7 @@ from cyclefit.scorers import Scorer
 JUDGES = {
     "image cycle": Regeneration(),
     "denoising": Denoising(),
-    "contrastive": Denoising(num_others=2),
+    "contrastive": Denoising(num_others=2, contrast=0.5),
     "image-text": ImageText(),
 }
 """By the name of their rows in the table."""

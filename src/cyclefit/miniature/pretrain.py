@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cyclefit.miniature import WEIGHTS, scenes
 from cyclefit.miniature.vocabularies import CONTEXT_LENGTH, write_bpe, write_wordpiece
 
-STEPS = {"vae": 2000, "decoder": 500, "captioner": 1500, "clip": 500}
+STEPS = {"vae": 2000, "decoder": 500, "captioner": 2500, "clip": 500}
 STEPS |= {"text_encoder": 500, "generator": 3000, "clip-heldout": 600, "probe": 500}
 SIZE_LIMIT = 24_000_000
 """Bytes that the shipped weights may take together."""

@@ -195,7 +195,7 @@ def caption(scene: Scene, noise: Noise, rng: np.random.Generator) -> str:
     wrong with probability 0.22, as alt-text does.
     """
     wrong = 0.22 if noise == "web" else 0.0
-    drop = {"full": 0.0, "clean": 0.25, "web": 0.5}[noise]
+    drop = {"full": 0.0, "clean": 0.25, "web": 0.7}[noise]
 
     def said(truth: str, words) -> str:
         others = [word for word in words if word != truth]

@@ -34,16 +34,16 @@ REGENERATION += ["--model.cycle.reward.guidance_scale=3.0"]
 VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
     # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
     "plain": ("miniature_blip.yaml", [], []),
-    "contrastive denoising": (REWARD, [], [0.5, 0.25, 1.0]),
-    "regeneration": (REWARD, REGENERATION, [0.5, 0.25, 1.0]),
-    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [0.5, 0.25, 1.0]),
-    "denoising": (REWARD, ["--model.cycle.reward.num_others=0"], [0.5, 0.25]),
-    "soft, teacher-forced": (SOFT, [], [10.0, 1.0, 30.0]),
-    "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0, 30.0]),
+    "contrastive denoising": (REWARD, [], [0.5, 1.0]),
+    "regeneration": (REWARD, REGENERATION, [0.5]),
+    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [0.5, 1.0]),
+    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0"], [0.5]),
+    "soft, teacher-forced": (SOFT, [], [10.0, 1.0]),
+    "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0]),
     "straight-through, sampled": (
         SOFT,
         ["--model.cycle.form=straight-through", "--model.cycle.captions=sampled"],
-        [10.0, 1.0, 30.0],
+        [10.0, 1.0],
     ),
 }
 CHOOSING_SEED = 1000
@@ -74,9 +74,12 @@ def train_run(folder: Path, name: str, variant: str, weight: float | None, seed:
     return run
 
 
-def validation_cider(run: Path, data: Path) -> float:
-    """The run's CIDEr on validation, one nucleus sample."""
-    return float(np.mean(per_image(freeze(load_run(run)[0]), data / "validation")["nucleus"]["CIDEr"]))
+def scored(run: Path, data: Path, split: str) -> dict:
+    """`per_image` of a finished run on one split; kept in the run's folder."""
+    path = run / f"captions-{split}.json"
+    if not path.exists():
+        path.write_text(json.dumps(per_image(freeze(load_run(run)[0]), data / split)))
+    return json.loads(path.read_text())
 
 
 @torch.no_grad()
@@ -138,7 +141,8 @@ def main() -> None:
             "choosing weights on validation",
         )
         for (name, weight), run in zip(grid, runs, strict=True):
-            choices.setdefault(name, {})[weight] = validation_cider(run, arguments.data)
+            found = scored(run, arguments.data, "validation")["nucleus"]["CIDEr"]
+            choices.setdefault(name, {})[weight] = float(np.mean(found))
         weights |= {name: max(found, key=found.get) for name, found in choices.items()}
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
@@ -149,57 +153,71 @@ def main() -> None:
         ],
         "finetuning",
     )
-    splits, results, seconds = ("test", "novel"), {}, {}
-    base = Blip(str(WEIGHTS / "blip"))
-    results["before finetuning"] = {split: [per_image(base, arguments.data / split)] for split in splits}
-    for name in arguments.variants:
-        results[name] = {split: [] for split in splits}
-        for seed in range(arguments.seeds):
-            captioner = freeze(load_run(out / f"{slug(name)}-{seed}")[0])
-            for split in splits:
-                results[name][split].append(per_image(captioner, arguments.data / split))
-        times = [float((out / f"{slug(name)}-{seed}" / "seconds.txt").read_text()) for seed in range(arguments.seeds)]
-        seconds[name] = float(np.mean(times))
-    study = {"weights": weights, "choices": choices, "seconds": seconds, "results": results}
-    (out / "study.json").write_text(json.dumps(study))
     shown = [str(out / f"{slug(name)}-0") for name in ("plain", "contrastive denoising") if name in weights]
     command = [sys.executable, "evaluate.py", "captions", "--config", "miniature_evaluate.yaml", f"--runs={shown}"]
     subprocess.run([*command, "--out", str(out / "evaluation")], check=True)
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
+    splits, results, seconds = ("test", "novel"), {}, {}
+    base = Blip(str(WEIGHTS / "blip"))
+    results["before finetuning"] = {split: [per_image(base, arguments.data / split)] for split in splits}
+    for name in arguments.variants:
+        runs = [out / f"{slug(name)}-{seed}" for seed in range(arguments.seeds)]
+        results[name] = {split: [scored(run, arguments.data, split) for run in runs] for split in splits}
+        seconds[name] = float(np.mean([float((run / "seconds.txt").read_text()) for run in runs]))
+    study = {"weights": weights, "choices": choices, "seconds": seconds, "results": results}
+    study["reranked"] = {split: reranked(out / "evaluation" / f"candidates-{split}.jsonl") for split in splits}
+    (out / "study.json").write_text(json.dumps(study))
     table = tabulate(study, arguments.seeds) + tabulate_reranking(metrics)
     (out / "table.md").write_text(table)
     print(table)
 
 
+def reranked(candidates: Path, judge: str = "image cycle") -> list[float]:
+    """CIDEr per image, in the split's order, of the base model's nucleus sample that the judge likes best."""
+    rows: dict[str, list[dict]] = {}
+    for row in map(json.loads, candidates.read_text().splitlines()):
+        if row["model"] == "base" and row["decoding"] == "nucleus":
+            rows.setdefault(row["key"], []).append(row)
+    return [100 * max(pool, key=lambda row: row["scores"][judge])["metrics"]["CIDEr"] for pool in rows.values()]
+
+
 def tabulate(study: dict, seeds: int) -> str:
-    """The study as Markdown tables, one per decoding: means over seeds and images, and differences to plain."""
+    """The study as Markdown tables, one per decoding and split: means over seeds and images, and paired differences."""
     results, lines = study["results"], []
     for decoding, title in (("nucleus", "one nucleus sample"), ("greedy", "one greedy caption")):
-        lines += ["", f"CIDEr of {title}, {seeds} seeds, 95 % intervals over seeds and images.", ""]
-        lines += ["| finetuning | weight | test | against plain | novel | against plain | words | s per run |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for name, found in results.items():
-            cells = []
-            for split in ("test", "novel"):
+        for split, best in study["reranked"].items():
+            lines += [
+                "",
+                f"CIDEr of {title} on {split}, {len(best)} images, {seeds} seeds, 95 % intervals over both.",
+                "",
+            ]
+            lines += [
+                "| finetuning | weight | CIDEr | against plain | against the base's best of 10 | words | s per run |"
+            ]
+            lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+            for name, found in results.items():
                 matrix = np.array([run[decoding]["CIDEr"] for run in found[split]])
-                cells.append(f"{matrix.mean():.1f}")
-                if name in ("plain", "before finetuning") or "plain" not in results:
-                    cells.append("")
-                    continue
-                baseline = np.array([run[decoding]["CIDEr"] for run in results["plain"][split]])
-                mean, low, high = seed_interval(matrix - baseline)
-                cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-            words = np.mean([np.mean(run[decoding]["words"]) for run in found["test"]])
-            weight, seconds = study["weights"].get(name), study["seconds"].get(name)
-            lines.append(
-                f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
-                f"{'' if seconds is None else f'{seconds:.0f}'} |"
-            )
+                cells = [f"{matrix.mean():.1f}", "", difference(matrix - np.array(best))]
+                if name not in ("plain", "before finetuning") and "plain" in results:
+                    plain = np.array([run[decoding]["CIDEr"] for run in results["plain"][split]])
+                    cells[1] = difference(matrix - plain)
+                words = np.mean([np.mean(run[decoding]["words"]) for run in found[split]])
+                weight, seconds = study["weights"].get(name), study["seconds"].get(name)
+                lines.append(
+                    f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
+                    f"{'' if seconds is None else f'{seconds:.0f}'} |"
+                )
     if study["choices"]:
         lines += ["", "CIDEr of one nucleus sample on validation by weight, one seed of its own:", ""]
         lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
                   for name, found in study["choices"].items()]  # fmt: skip
     return "\n".join(lines).lstrip() + "\n"
+
+
+def difference(matrix: np.ndarray) -> str:
+    """The mean over seeds and images with its interval, as text."""
+    mean, low, high = seed_interval(matrix)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def tabulate_reranking(metrics: dict) -> str:
