@@ -40,6 +40,7 @@ lint: $(READY)
 bench: $(READY) data/miniature/novel/manifest.json
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.rerank
+	$(PY) -m benchmarks.text_cycle
 
 study: $(READY) data/miniature/novel/manifest.json
 	$(PY) -m cyclefit.miniature.study

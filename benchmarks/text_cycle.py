@@ -1,8 +1,8 @@
 """Time of a text cycle's training step over the sum of its parts measured alone, and memory over K.
 
 `python -m benchmarks.text_cycle` on the miniature models; `--pretrained FOLDER --captioner FOLDER` on others. The step
-and its parts alternate within one run; the ratio is of medians. Memory is the device's peak on a GPU; on a CPU the bytes
-that autograd keeps for the backward pass (the checkpointed calls' inputs, not what is recomputed one call at a time).
+and its parts alternate within one run; the ratio is of medians. Memory is the device's peak on a GPU; on a CPU the
+bytes that autograd keeps for the backward pass (the checkpointed calls' inputs, not what is recomputed call by call).
 """
 
 import argparse
