@@ -8,6 +8,7 @@ Runs that are complete are not repeated.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,16 +50,15 @@ VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
 CHOOSING_SEED = 1000
 
 
-def train_run(folder: Path, name: str, variant: str, weight: float | None, seed: int) -> Path:
+def train_run(folder: Path, name: str, config: str, overrides: list[str], weight: float | None, seed: int) -> Path:
     """One run of `train.py` in a process of its own on one thread; nothing where it is already complete."""
     run = folder / name
     if (run / "seconds.txt").exists():
         return run
-    config, overrides, _ = VARIANTS[variant]
     command = [sys.executable, "train.py", "--config", config, "--runs", str(folder), "--name", name, *overrides]
     command += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}", "--group=study"]
-    command += ["--model.round_trip_images=0", "--trainer.val_check_interval=100"]
-    command += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    command += ["--trainer.val_check_interval=100", "--trainer.enable_progress_bar=false"]
+    command += ["--trainer.enable_model_summary=false"]
     if weight is not None:
         command.append(f"--model.cycle.weight={weight}")
     if (run / "checkpoints" / "last.ckpt").exists():
@@ -72,6 +72,11 @@ def train_run(folder: Path, name: str, variant: str, weight: float | None, seed:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     (run / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
     return run
+
+
+def slug(variant: str) -> str:
+    """A variant's name as part of a folder's."""
+    return re.sub(r"[^\w.]+", "-", variant)
 
 
 def scored(run: Path, data: Path, split: str) -> dict:
@@ -124,35 +129,25 @@ def main() -> None:
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
 
-    def slug(variant: str) -> str:
-        return variant.replace(", ", "-").replace(" ", "-")
+    def job(name: str, weight: float | None, seed: int, prefix: str = "", suffix: str = ""):
+        config, overrides, _ = VARIANTS[name]
+        overrides = [*overrides, "--model.round_trip_images=0"]
+        folder = f"{prefix}{slug(name)}-{suffix or seed}"
+        return lambda: train_run(out, folder, config, overrides, weight, seed)
 
     weights = {name: (VARIANTS[name][2] or [None])[0] for name in arguments.variants}
     choices: dict[str, dict[float, float]] = {}
     if arguments.choose:
         grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
-        runs = together(
-            [
-                lambda name=name, weight=weight: train_run(
-                    out, f"choose-{slug(name)}-{weight}", name, weight, CHOOSING_SEED
-                )
-                for name, weight in grid
-            ],
-            "choosing weights on validation",
-        )
+        jobs = [job(name, weight, CHOOSING_SEED, "choose-", str(weight)) for name, weight in grid]
+        runs = together(jobs, "choosing weights on validation")
         for (name, weight), run in zip(grid, runs, strict=True):
             found = scored(run, arguments.data, "validation")["nucleus"]["CIDEr"]
             choices.setdefault(name, {})[weight] = float(np.mean(found))
         weights |= {name: max(found, key=found.get) for name, found in choices.items()}
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
-    together(
-        [
-            lambda name=name, seed=seed: train_run(out, f"{slug(name)}-{seed}", name, weights[name], seed)
-            for name, seed in pairs
-        ],
-        "finetuning",
-    )
+    together([job(name, weights[name], seed) for name, seed in pairs], "finetuning")
     shown = [str(out / f"{slug(name)}-0") for name in ("plain", "contrastive denoising") if name in weights]
     command = [sys.executable, "evaluate.py", "captions", "--config", "miniature_evaluate.yaml", f"--runs={shown}"]
     subprocess.run([*command, "--out", str(out / "evaluation")], check=True)
@@ -214,10 +209,10 @@ def tabulate(study: dict, seeds: int) -> str:
     return "\n".join(lines).lstrip() + "\n"
 
 
-def difference(matrix: np.ndarray) -> str:
+def difference(matrix: np.ndarray, places: int = 1) -> str:
     """The mean over seeds and images with its interval, as text."""
-    mean, low, high = seed_interval(matrix)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    mean, low, high = (f"{value:+.{places}f}" for value in seed_interval(matrix))
+    return f"{mean} [{low}, {high}]"
 
 
 def tabulate_reranking(metrics: dict) -> str:

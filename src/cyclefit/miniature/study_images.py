@@ -1,0 +1,136 @@
+"""The study of text cycles: the generator's LoRA with each cycle against the denoising loss alone, over seeds.
+
+`python -m cyclefit.miniature.study_images` chooses each cycle's weight on validation with a seed of its own, finetunes
+with every other seed through `train.py`, draws one image per prompt of the test and novel splits with every run through
+`evaluate.py images`, reranks the base model, and writes the tables. Runs that are complete are not repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from cyclefit.miniature.study import CHOOSING_SEED, difference, slug, together, train_run
+
+CYCLE = "miniature_cycle_sd.yaml"
+ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning"]
+VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
+    # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
+    "plain": ("miniature_sd_lora.yaml", [], []),
+    "one step, t < 300": (CYCLE, ONE_STEP, [0.1, 1.0]),
+    "one step, contrastive": (CYCLE, [*ONE_STEP, "--model.cycle.contrastive=true"], [0.1, 1.0]),
+    "truncated, K = 1": (CYCLE, ["--model.cycle.grad_steps=1"], [0.1, 1.0]),
+    "truncated, K = 2": (CYCLE, ["--model.cycle.grad_steps=2"], [0.1, 1.0]),
+    "truncated, K = 2, contrastive": (CYCLE, ["--model.cycle.contrastive=true"], [0.1, 1.0]),
+    "truncated, K = 2, CLIP": (CYCLE, ["--model.cycle.image_text_weight=1.0"], [0.1, 1.0]),
+    "best of 10": ("miniature_sd_lora.yaml", [], []),
+}
+CHEAP = ["--model.validation_images=8", "--data.validation_size=8"]
+MEASURES = {
+    "captioner NLL": (1, 3),
+    "CIDEr": (100, 1),
+    "text similarity (clip-heldout)": (1, 3),
+    "image-text similarity (clip)": (1, 3),
+    "image-text similarity (clip-heldout)": (1, 3),
+    "image similarity (clip-heldout)": (1, 3),
+}
+"""Columns of the tables, with their scale and decimals."""
+
+
+def evaluate(out: Path, runs: list[Path], shards: dict[str, Path], candidates: int) -> Path:
+    """`evaluate.py images` over runs and the base model."""
+    command = [sys.executable, "evaluate.py", "images", "--config", "miniature_evaluate_images.yaml"]
+    command += [f"--shards={json.dumps({k: str(v) for k, v in shards.items()})}", f"--num_candidates={candidates}"]
+    subprocess.run([*command, f"--runs={json.dumps([str(run) for run in runs])}", "--out", str(out)], check=True)
+    return out
+
+
+def measured(folder: Path, split: str) -> dict[str, dict[str, np.ndarray]]:
+    """Each model's measures of its first image of every prompt, in the order of the keys."""
+    rows: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in map(json.loads, (folder / f"candidates-{split}.jsonl").read_text().splitlines()):
+        if row["index"] == 0:
+            rows[row["model"]][row["key"]] = row["metrics"]
+    return {
+        model: {name: np.array([found[key][name] for key in sorted(found)]) for name in MEASURES}
+        for model, found in rows.items()
+    }
+
+
+def main() -> None:
+    """Runs the study and writes `table.md` into --out."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/study_images"))
+    parser.add_argument("--data", type=Path, default=Path("data/miniature"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    arguments = parser.parse_args()
+    out, data = arguments.out, arguments.data
+    out.mkdir(parents=True, exist_ok=True)
+
+    best = out / "best-of-10"
+    if "best of 10" in arguments.variants and not (best / "manifest.json").exists():
+        pool = evaluate(out / "pool", [], {"finetune": data / "finetune"}, 10)
+        command = [sys.executable, "-m", "cyclefit.data", "best-of", "--evaluation", str(pool), "--split", "finetune"]
+        command += ["--judge", "text cycle", "--direction", "images", "--out", str(best)]
+        subprocess.run(command, check=True)
+
+    def job(name: str, weight: float | None, seed: int, prefix: str = "", suffix: str = ""):
+        config, overrides, _ = VARIANTS[name]
+        overrides = [*overrides, *CHEAP, *([f"--data.train={best}"] if name == "best of 10" else [])]
+        return lambda: train_run(out, f"{prefix}{slug(name)}-{suffix or seed}", config, overrides, weight, seed)
+
+    grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
+    jobs = [job(name, weight, CHOOSING_SEED, "choose-", str(weight)) for name, weight in grid]
+    tried = together(jobs, "choosing weights on validation")
+    found = measured(evaluate(out / "choice", tried, {"validation": data / "validation"}, 1), "validation")
+    choices: dict[str, dict[float, float]] = {}
+    for (name, weight), run in zip(grid, tried, strict=True):
+        choices.setdefault(name, {})[weight] = float(100 * found[run.name]["CIDEr"].mean())
+    weights = {name: max(values, key=values.get) for name, values in choices.items()}
+
+    pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
+    runs = together([job(name, weights.get(name), seed) for name, seed in pairs], "finetuning")
+    splits = ("test", "novel")
+    folder = evaluate(out / "evaluation", runs, {split: data / split for split in splits}, 10)
+    seconds = {run.name: float((run / "seconds.txt").read_text()) for run in runs}
+    lines = []
+    for split in splits:
+        values = measured(folder, split)
+        count = len(next(iter(values["base"].values())))
+        lines += [
+            "",
+            f"One image per prompt of {split}, {count} prompts, {arguments.seeds} seeds; below each measure the",
+        ]
+        lines += ["difference to plain finetuning with its 95 % interval over seeds and prompts.", ""]
+        lines += ["| finetuning | weight | " + " | ".join(MEASURES) + " | s per run |"]
+        lines += ["| --- " * (len(MEASURES) + 3) + "|"]
+        names = ["base", *arguments.variants]
+        for name in names:
+            labels = ["base"] if name == "base" else [f"{slug(name)}-{seed}" for seed in range(arguments.seeds)]
+            cells, changes = [], []
+            for measure, (scale, places) in MEASURES.items():
+                matrix = scale * np.array([values[label][measure] for label in labels])
+                cells.append(f"{matrix.mean():.{places}f}")
+                if name not in ("base", "plain") and "plain" in arguments.variants:
+                    plain = scale * np.array([values[f"plain-{seed}"][measure] for seed in range(arguments.seeds)])
+                    changes.append(difference(matrix - plain, places))
+            spent = "" if name == "base" else f"{np.mean([seconds[label] for label in labels]):.0f}"
+            weight = f"{weights[name]:g}" if name in weights else ""
+            lines.append(f"| {name} | {weight} | {' | '.join(cells)} | {spent} |")
+            if changes:
+                lines.append(f"| | | {' | '.join(changes)} | |")
+    lines += ["", "CIDEr of the image's caption on validation by weight, one seed of its own:", ""]
+    lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
+              for name, found in choices.items()]  # fmt: skip
+    table = "\n".join(lines).lstrip() + "\n"
+    (out / "table.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
