@@ -30,15 +30,17 @@ from cyclefit.rerank import sample_seed
 
 REWARD = "miniature_cycle_blip_reward.yaml"
 SOFT = "miniature_cycle_blip.yaml"
+FREE = ["--model.cycle.kl_weight=0"]
+"""Only the contrast makes captions grow without end."""
 REGENERATION = ["--model.cycle.reward=cyclefit.judges.Regeneration", "--model.cycle.reward.steps=5"]
-REGENERATION += ["--model.cycle.reward.guidance_scale=3.0"]
+REGENERATION += ["--model.cycle.reward.guidance_scale=3.0", *FREE]
 VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
     # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
     "plain": ("miniature_blip.yaml", [], []),
     "contrastive denoising": (REWARD, [], [0.5, 1.0]),
     "regeneration": (REWARD, REGENERATION, [0.5]),
-    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText"], [0.5, 1.0]),
-    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0"], [0.5]),
+    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText", *FREE], [0.5, 1.0]),
+    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0", *FREE], [0.5]),
     "soft, teacher-forced": (SOFT, [], [10.0, 1.0]),
     "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0]),
     "straight-through, sampled": (
