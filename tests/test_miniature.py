@@ -114,8 +114,8 @@ def test_the_card_says_what_the_models_are_worth():
     assert half["real_relation"] > 0.97, "the probe itself must know relations"
     assert half["generated_relation"] > 0.9
     assert half["vae_psnr_db"] > 30
-    assert half["clip_recall_at_1_of_100"] > 0.9
-    assert half["captioner_greedy_cider"] > 100
+    assert half["clip_recall_at_1_of_100"] > 0.85
+    assert half["captioner_greedy_cider"] > 150
 
 
 def test_pretraining_runs_stage_by_stage_and_resumes(tmp_path, monkeypatch, capsys):

@@ -129,13 +129,13 @@ def test_velocity_is_turned_into_the_same_clean_latents(weights, batch):
     alpha, sigma = generator.alphas[500], generator.sigmas[500]
     decoded = generator.decode_latents(latents)
     for velocity, exact in ((False, noise), (True, alpha * noise - sigma * latents)):
-        generator.predicts_velocity = velocity
+        generator.scheduler.register_to_config(prediction_type="v_prediction" if velocity else "epsilon")
         generator.predict = lambda *_, exact=exact: exact
         assert torch.allclose(generator.one_step(latents, conditioning, t, noise), decoded, atol=1e-4)
         assert generator.errors(latents, conditioning, t, noise).max() < 1e-10
     snr = (alpha / sigma) ** 2
     for velocity, divisor in ((False, snr), (True, snr + 1)):
-        generator.predicts_velocity = velocity
+        generator.scheduler.register_to_config(prediction_type="v_prediction" if velocity else "epsilon")
         generator.predict = lambda *_, **__: torch.zeros_like(latents)
         torch.manual_seed(0)
         plain = generator.loss(batch.images, batch.captions)

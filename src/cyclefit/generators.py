@@ -172,7 +172,6 @@ class StableDiffusion(Generator):
         self.image_size = image_size or self.unet.config.sample_size * self.downsampling
         self.batch_size = batch_size
         self.num_timesteps = self.scheduler.config.num_train_timesteps
-        self.predicts_velocity = self.scheduler.config.prediction_type == "v_prediction"
         alphas_cumprod = self.scheduler.alphas_cumprod.float()
         self.register_buffer("alphas", alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt(), persistent=False)
@@ -191,6 +190,11 @@ class StableDiffusion(Generator):
             self.text_encoder.add_adapter(
                 LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "out_proj"], **settings)
             )
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the denoiser says v and not eps, as the scheduler's config tells."""
+        return self.scheduler.config.prediction_type == "v_prediction"
 
     @property
     def device(self) -> torch.device:
