@@ -161,6 +161,13 @@ def test_the_loss_is_lower_for_the_right_caption(weights, partners, batch):
         assert sign * losses[0][1][name] < sign * losses[1][1][name], name
 
 
+def test_the_contrast_is_another_caption(weights, partners, batch):
+    generator, cycle = trainee(weights), TruncatedSampling(steps=8, contrastive=True)
+    loss, logs = cycle(generator, partners, batch.images, batch.captions, list(range(12)))
+    assert loss.mean().item() == pytest.approx((logs["caption_nll"] - logs["other_caption_nll"]).item(), abs=1e-5)
+    assert logs["other_caption_nll"] > logs["caption_nll"] + 0.1
+
+
 def test_soft_texts_are_embedded_as_the_hard_ones(partners, weights, batch):
     """One-hot distributions through the scorer's own table: `embed_texts` itself."""
     generator, scorer = trainee(weights), partners.scorer
