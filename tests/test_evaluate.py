@@ -12,6 +12,7 @@ from cyclefit.captioners import Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.judges import Denoising, ImageText, Partners, Regeneration
 from cyclefit.rerank import rerank, sample_seed, with_others
+from cyclefit.runs import load_run
 from tests.conftest import ROOT
 
 # The package's own name `captions` is the function.
@@ -184,14 +185,14 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(assess, monkeypatc
 
 def test_a_run_that_is_none_lists_those_beside_it(assess, runs, capsys):
     with pytest.raises(FileNotFoundError, match=r"holds no run .*runs beside it: .*plain"):
-        evaluate.load_run(runs / "plane")
+        load_run(runs / "plane")
     with pytest.raises(FileNotFoundError, match=r"best2\.ckpt does not exist"):
-        evaluate.load_run(runs / "plain", "best2")
+        load_run(runs / "plain", "best2")
 
 
 def test_a_run_is_loaded_with_its_weights(runs, captioner, monkeypatch):
     monkeypatch.chdir(ROOT)
-    trained, config = evaluate.load_run(runs / "cycle")
+    trained, config = load_run(runs / "cycle")
     state = torch.load(runs / "cycle" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, tensor in state.items():
         assert torch.equal(tensor, trained.get_parameter(name.removeprefix("captioner.")))

@@ -9,9 +9,9 @@ from PIL import Image
 
 from cyclefit import cli, evaluate
 from cyclefit.data import evaluation_batches
-from cyclefit.evaluate.common import load_run
 from cyclefit.metrics.images import inception_distances
 from cyclefit.rerank import rerank_images, sample_seed
+from cyclefit.runs import load_run
 from tests.conftest import ROOT
 
 # The package's own name `images` is the function.

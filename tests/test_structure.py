@@ -13,7 +13,7 @@ LAYERS = [
     {"batch", "loading"},
     {"bridge"},
     {"captioners", "generators", "scorers", "data", "metrics"},
-    {"judges"},
+    {"judges", "runs"},
     {"cycles", "rerank"},
     {"report"},
     {"finetune"},

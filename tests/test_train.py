@@ -128,9 +128,8 @@ def test_weight_zero_is_the_baseline(launch):
         assert not values(null, "train/cycle")
 
 
-def test_a_generators_run_holds_its_adapters_alone(launch, weights):
-    """What is trained is fp32 LoRA; the base's files and tensors are as they were."""
-    before = {path: path.read_bytes() for path in (weights / "stable-diffusion").rglob("*.safetensors")}
+def test_a_generators_run_holds_its_adapters_alone(launch):
+    """What is trained is fp32 LoRA."""
     run = launch("miniature_cycle_sd.yaml", "lora", "--model.generator.lora.text_encoder=true", steps=2)
     state = checkpoint(run)["state_dict"]
     assert state
@@ -138,8 +137,6 @@ def test_a_generators_run_holds_its_adapters_alone(launch, weights):
     assert {name.split(".")[1] for name in state} == {"unet", "text_encoder"}
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert (run / "checkpoints" / "last.ckpt").stat().st_size < 4_000_000, "frozen models are in the checkpoint"
-    for path, content in before.items():
-        assert path.read_bytes() == content
     logged = ("caption_nll", "CIDEr", "image_similarity/clip", "image_similarity/clip-heldout", "text_similarity/clip")
     assert all(values(run, f"val/{name}") for name in logged)
     assert list((run / "samples").glob("*.png"))
@@ -161,7 +158,7 @@ def test_base_weights_are_bit_identical_after_training(launch, monkeypatch):
     kept = {}
 
     def copy(module):
-        return {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        return {name: p.detach().clone() for name, p in module.named_parameters() if "lora_" not in name}
 
     start, end = GeneratorFinetune.on_fit_start, GeneratorFinetune.on_train_end
     monkeypatch.setattr(

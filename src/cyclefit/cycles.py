@@ -326,22 +326,18 @@ class OneStepCaptioning(TextCycle):
         min_timestep: lowest timestep drawn.
         max_timestep: highest timestep drawn, exclusive; x0_hat is a picture at low noise only.
         weighting: `uniform`, or `snr`: each loss times alpha_t^2, the share of signal at its timestep.
-        terms: see TextCycle.
+        terms: weight and the terms of the loss, see TextCycle.
 
     """
 
     def __init__(
         self,
-        weight: float = 1.0,
         min_timestep: int = 0,
         max_timestep: int = 300,
         weighting: Literal["uniform", "snr"] = "uniform",
-        contrastive: bool = False,
-        image_text_weight: float = 0.0,
-        text_weight: float = 0.0,
-        num_images: int | None = None,
+        **terms,
     ):
-        super().__init__(weight, contrastive, image_text_weight, text_weight, num_images)
+        super().__init__(**terms)
         self.min_timestep = min_timestep
         self.max_timestep = max_timestep
         self.weighting = weighting
@@ -364,22 +360,18 @@ class TruncatedSampling(TextCycle):
         grad_steps: K; 0 gives no gradient at all.
         steps: S; the generator's own number if None.
         guidance_scale: of the sampling; the generator's own if None.
-        terms: see TextCycle.
+        terms: weight and the terms of the loss, see TextCycle.
 
     """
 
     def __init__(
         self,
-        weight: float = 1.0,
         grad_steps: int = 1,
         steps: int | None = None,
         guidance_scale: float | None = None,
-        contrastive: bool = False,
-        image_text_weight: float = 0.0,
-        text_weight: float = 0.0,
-        num_images: int | None = None,
+        **terms,
     ):
-        super().__init__(weight, contrastive, image_text_weight, text_weight, num_images)
+        super().__init__(**terms)
         self.grad_steps = grad_steps
         self.steps = steps
         self.guidance_scale = guidance_scale

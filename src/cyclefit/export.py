@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.captioners import Blip, Captioner
 from cyclefit.generators import Lora
+from cyclefit.runs import load_run, read_run
 
 FORMATS = {"diffusers": "generator", "kohya": "generator", "blip": "captioner"}
 """Which model of a run each format holds."""
@@ -33,17 +33,26 @@ def export(run: Path, form: str, out: Path, checkpoint: str = "last") -> str:
         raise UserError(f"--format kohya writes one file: let --out {out} end in .safetensors")
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} exists: delete it or choose another --out")
-    config, trained = _trained(run, checkpoint)
+    config, trained = read_run(run, checkpoint)
     found = {name.partition(".")[0] for name in trained}
     if FORMATS[form] not in found:
         possible = ", ".join(name for name, model in FORMATS.items() if model in found)
         raise UserError(f"{run} trained no {FORMATS[form]}, which --format {form} needs; its formats: {possible}")
-    weights = {name.partition(".")[2]: w for name, w in trained.items() if name.startswith(f"{FORMATS[form]}.")}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     _remove(partial)
     try:
-        usage = {"diffusers": _diffusers, "kohya": _kohya, "blip": _blip}[form](config, weights, partial, out)
+        if form == "blip":
+            usage = _blip(load_run(run, checkpoint)[0], partial, out)
+        else:
+            settings = config["model"]["init_args"]["generator"]["init_args"]
+            lora = Lora(**settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})
+            {"diffusers": _diffusers, "kohya": _kohya}[form](lora, _adapters(trained), partial)
+            usage = (
+                "from diffusers import StableDiffusionPipeline\n"
+                f"pipeline = StableDiffusionPipeline.from_pretrained({settings['pretrained']!r})\n"
+                f"pipeline.load_lora_weights({str(out)!r})"
+            )
         partial.replace(out)
     finally:
         _remove(partial)
@@ -56,42 +65,24 @@ def _remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _trained(run: Path, checkpoint: str) -> tuple[dict, dict[str, Tensor]]:
-    """A run's models as configured, and its trained parameters by name, `captioner...` and `generator...`."""
-    path = run / "checkpoints" / f"{checkpoint}.ckpt"
-    if not (run / "config.yaml").exists():
-        runs = ", ".join(sorted(str(p.parent) for p in run.parent.glob("*/config.yaml"))) or "none"
-        raise FileNotFoundError(f"{run} holds no run (no config.yaml in it); runs beside it: {runs}")
-    if not path.exists():
-        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
-        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
-    config = yaml.safe_load((run / "config.yaml").read_text())["model"]["init_args"]
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    # The moving average lists the same parameters in the same order.
-    tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
-    # Where both models were trained, each is inside its half.
-    names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
-    return config, dict(zip(names, tensors, strict=True))
-
-
-def _adapters(config: dict, weights: dict[str, Tensor]) -> tuple[Lora, dict[str, dict[str, Tensor]]]:
-    """LoRA settings; adapters of `unet` and `text_encoder` by name, such as `...to_q.lora_A.weight`."""
+def _adapters(trained: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The generator's adapters of `unet` and `text_encoder` by name, such as `...to_q.lora_A.weight`."""
     parts: dict[str, dict[str, Tensor]] = {"unet": {}, "text_encoder": {}}
-    for name, weight in weights.items():
-        part, _, inner = name.replace(".default.", ".").partition(".")
+    for name, weight in trained.items():
+        if not name.startswith("generator."):
+            continue
+        part, _, inner = name.removeprefix("generator.").replace(".default.", ".").partition(".")
         if part not in parts or ".lora_" not in inner:
             raise UserError(f"the run trained {name}: only adapters of a UNet and its text encoder can be exported")
         # transformers 5 dropped this level of CLIPTextModel; files keep it, and diffusers removes it where it must.
         prefix = "text_model." if part == "text_encoder" and not inner.startswith("text_model.") else ""
         parts[part][prefix + inner] = weight.contiguous()
-    lora = config["generator"]["init_args"]["lora"]
-    return Lora(**lora | {"targets": tuple(lora["targets"])}), parts
+    return parts
 
 
-def _diffusers(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
+def _diffusers(lora: Lora, parts: dict[str, dict[str, Tensor]], partial: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
-    lora, parts = _adapters(config, weights)
     # Without it diffusers takes alpha for the rank. No more than this: other versions of peft know other settings.
     settings = {"r": lora.rank, "lora_alpha": lora.alpha}
     encoder = {name.partition(".lora_")[0].rpartition(".")[2] for name in parts["text_encoder"]}
@@ -102,13 +93,11 @@ def _diffusers(config: dict, weights: dict[str, Tensor], partial: Path, out: Pat
         unet_lora_adapter_metadata=settings | {"target_modules": sorted(lora.targets)},
         text_encoder_lora_adapter_metadata=settings | {"target_modules": sorted(encoder)},
     )
-    return _usage_of_lora(config, out)
 
 
-def _kohya(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
+def _kohya(lora: Lora, parts: dict[str, dict[str, Tensor]], partial: Path) -> None:
     from safetensors.torch import save_file
 
-    lora, parts = _adapters(config, weights)
     tensors = {}
     for part, prefix in {"unet": "lora_unet", "text_encoder": "lora_te"}.items():
         for name, weight in parts[part].items():
@@ -117,31 +106,14 @@ def _kohya(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -
             tensors[f"{key}.lora_{'down' if matrix.startswith('A') else 'up'}.weight"] = weight
             tensors[f"{key}.alpha"] = torch.tensor(float(lora.alpha))
     save_file(tensors, partial, metadata={"format": "pt"})
-    return _usage_of_lora(config, out)
 
 
-def _usage_of_lora(config: dict, out: Path) -> str:
-    return (
-        "from diffusers import StableDiffusionPipeline\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({config['generator']['init_args']['pretrained']!r})\n"
-        f"pipeline.load_lora_weights({str(out)!r})"
-    )
-
-
-def _blip(config: dict, weights: dict[str, Tensor], partial: Path, out: Path) -> str:
-    from jsonargparse import ArgumentParser
+def _blip(captioner: Captioner, partial: Path, out: Path) -> str:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import BlipImageProcessor
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Captioner, "captioner")
-    captioner = parser.instantiate_classes(parser.parse_object({"captioner": config["captioner"]})).captioner
     if not isinstance(captioner, Blip):
         raise UserError(f"--format blip exports a Blip, not a {type(captioner).__name__}")
-    expected = {name for name, parameter in captioner.named_parameters() if parameter.requires_grad}
-    if different := expected ^ weights.keys():
-        raise UserError(f"the checkpoint does not fit the run's config.yaml: {min(different)} is in one of them only")
-    captioner.load_state_dict(weights, strict=False)
     for name, module in list(captioner.model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

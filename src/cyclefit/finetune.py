@@ -472,7 +472,6 @@ class AlternatingFinetune(Finetune):
         """Asserts that what is frozen is frozen."""
         for name in ("scorer", "held_out"):
             self.drawing.freeze_partner(name)
-        half_frozen(self.captioning.captioner)
         half_frozen(self.drawing.generator)
 
     def configure_optimizers(self):

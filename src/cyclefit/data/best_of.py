@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cyclefit import UserError
 
-from .read import IMAGES, BadSample, _raw_samples, expand_shards, read_captions
+from .read import IMAGES, BadSample, expand_shards, raw_samples, read_captions
 from .write import Sample, verify_shards, write_shards
 
 log = logging.getLogger("cyclefit.data")
@@ -178,7 +178,7 @@ def _captioned(path: Path, best: dict, urls: list[str], met: set[str]) -> Iterat
         log.warning("%s: %s, %s; its samples are left out.", shard, reason, key)
 
     for url in urls:
-        for sample in _raw_samples(url, note):
+        for sample in raw_samples(url, note):
             key = sample["__key__"]
             try:
                 originals = read_captions(sample)

@@ -282,7 +282,7 @@ class _Decoder:
         return Batch(images, list(captions), list(references), list(keys)), report
 
 
-def _raw_samples(url: str, note) -> Iterator[dict]:
+def raw_samples(url: str, note) -> Iterator[dict]:
     """A shard's samples as bytes; where it cannot be read, or not to its end, that is noted once."""
     failed = []
 
@@ -432,7 +432,7 @@ class _TrainStream(IterableDataset):
             name = f"{self.seed} {self.epoch} {number}" + ("" if dealt else f" {lot}{apart}")
             random.Random(f"{name} shards").shuffle(urls)
             for place, url in enumerate(urls[lot::lots] if dealt else urls):
-                samples = _raw_samples(url, decoder.note)
+                samples = raw_samples(url, decoder.note)
                 if number == place == 0:
                     samples = self._entered(url, samples, random.Random(f"{name} {lot} entry"))
                     decoder.unfinished = url if _REMOTE.match(url) else None
@@ -474,7 +474,7 @@ class _EvaluationStream(IterableDataset):
         decoder = _Decoder(*self.decode)
         # Every worker meets the same broken shards; one reports them.
         note = decoder.note if worker == 0 else lambda *record: None
-        samples = (sample for url in self.urls for sample in _raw_samples(url, note))
+        samples = (sample for url in self.urls for sample in raw_samples(url, note))
         parts, place, index = [], None, -1
         for index, sample in enumerate(samples):
             if self.limit is not None and index >= self.limit:

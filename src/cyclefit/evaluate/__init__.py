@@ -1,10 +1,9 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
 from cyclefit.evaluate.captions import JUDGES, captions
-from cyclefit.evaluate.common import Rows, load_run
 from cyclefit.evaluate.images import images
 
-__all__ = ["JUDGES", "Rows", "captions", "images", "load_run", "main"]
+__all__ = ["JUDGES", "captions", "images", "main"]
 
 COMMANDS = {"captions": captions, "images": images}
 

@@ -1,17 +1,14 @@
-"""What evaluations share: runs with their weights, the rows of a table, differences, the printed table."""
+"""What evaluations share: the models compared, the rows of a table, differences, the printed table."""
 
 import json
 import os
 import platform
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from rich.console import Console
 from rich.progress import (
@@ -28,49 +25,7 @@ from cyclefit import UserError
 from cyclefit.captioners import Captioner
 from cyclefit.generators import Generator
 from cyclefit.metrics.statistics import bootstrap_interval, paired_bootstrap
-
-Which = Literal["captioner", "generator"]
-
-
-def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner") -> tuple[Captioner | Generator, dict]:
-    """The captioner or the generator of a run's folder with its trained weights, and the run's configuration.
-
-    Of a run with a moving average the weights are the average.
-
-    Raises:
-        FileNotFoundError: the folder holds no run, or no such checkpoint.
-        UserError: the run has finetuned the other model only, or the checkpoint does not fit the configuration.
-
-    """
-    from jsonargparse import ArgumentParser
-
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not (folder / "config.yaml").exists():
-        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
-        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: the run {folder} has saved no such checkpoint yet")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    values = state["state_dict"]
-    if "ema" in state:
-        values = dict(zip(values, state["ema"]["shadow_params"], strict=True))
-    # A run of both models holds each under one of its halves.
-    name = re.compile(rf"(?:captioning\.|drawing\.)?{which}\.")
-    trained = {key[found.end() :]: value for key, value in values.items() if (found := name.match(key))}
-    if not trained:
-        other = {"captioner": "images", "generator": "captions"}[which]
-        raise UserError(
-            f"the run {folder} has finetuned no {which}: leave it out, or evaluate it with `python evaluate.py {other}`"
-        )
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments({"captioner": Captioner, "generator": Generator}[which], which)
-    parsed = parser.parse_object({which: config["model"]["init_args"][which]})
-    model = parser.instantiate_classes(parsed)[which]
-    if unknown := model.load_state_dict(trained, strict=False).unexpected_keys:
-        raise UserError(f"{path} holds parameters the {which} of {folder}/config.yaml lacks, such as {unknown[0]}")
-    config["steps"] = state["global_step"]
-    return model, config
+from cyclefit.runs import Which, load_run
 
 
 def load_models(

@@ -21,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.data import evaluation_batches
-from cyclefit.evaluate import load_run
 from cyclefit.loading import freeze
 from cyclefit.metrics.captions import CiderScorer
 from cyclefit.metrics.statistics import seed_interval
 from cyclefit.miniature import WEIGHTS
 from cyclefit.rerank import sample_seed
+from cyclefit.runs import load_run
 
 REWARD = "miniature_cycle_blip_reward.yaml"
 SOFT = "miniature_cycle_blip.yaml"
@@ -204,6 +204,10 @@ def tabulate(study: dict, seeds: int) -> str:
                     f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
                     f"{'' if seconds is None else f'{seconds:.0f}'} |"
                 )
+        lines += ["", f"CIDEr of {title} on test, each seed:", ""]
+        for name, found in list(results.items())[1:]:
+            means = (f"{np.mean(run[decoding]['CIDEr']):.0f}" for run in found["test"])
+            lines.append(f"- {name}: {' '.join(means)}")
     if study["choices"]:
         lines += ["", "CIDEr of one nucleus sample on validation by weight, one seed of its own:", ""]
         lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())

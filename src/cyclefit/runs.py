@@ -1,0 +1,69 @@
+"""A finetuned run as it lies on disk: its configuration, what it trained, and its models with those weights."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from cyclefit import UserError
+from cyclefit.captioners import Captioner
+from cyclefit.generators import Generator
+
+Which = Literal["captioner", "generator"]
+
+
+def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
+    """A run's configuration, with its `steps` so far, and what it trained by name, `captioner...` or `generator...`.
+
+    Of a run with a moving average the parameters are the average.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not (folder / "config.yaml").exists():
+        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
+        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
+    if not path.exists():
+        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    # The moving average lists the same parameters in the same order.
+    tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
+    # A run of both models holds each under one of its halves.
+    names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
+    return config | {"steps": state["global_step"]}, dict(zip(names, tensors, strict=True))
+
+
+def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner") -> tuple[Captioner | Generator, dict]:
+    """The captioner or the generator of a run with its trained weights, and the run's configuration.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+        UserError: the run has finetuned the other model only, or the checkpoint does not fit the configuration.
+
+    """
+    from jsonargparse import ArgumentParser
+
+    config, parameters = read_run(folder, checkpoint)
+    trained = {name.removeprefix(f"{which}."): p for name, p in parameters.items() if name.startswith(f"{which}.")}
+    if not trained:
+        other = {"captioner": "images", "generator": "captions"}[which]
+        raise UserError(
+            f"the run {folder} has finetuned no {which}: leave it out, or evaluate it with `python evaluate.py {other}`"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments({"captioner": Captioner, "generator": Generator}[which], which)
+    parsed = parser.parse_object({which: config["model"]["init_args"][which]})
+    model = parser.instantiate_classes(parsed)[which]
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if different := expected ^ trained.keys():
+        raise UserError(
+            f"checkpoint {checkpoint} of {folder} does not fit its config.yaml: {min(different)} is in one of them only"
+        )
+    model.load_state_dict(trained, strict=False)
+    return model, config
