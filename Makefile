@@ -6,11 +6,11 @@ DEMO := runs/demo
 
 .PHONY: help setup demo test lint bench pretrain study clean
 help:
-	@echo "make demo      finetune with and without the cycle on the miniature world, evaluate, write a report"
+	@echo "make demo      finetune both models with and without the cycle on the miniature world, evaluate, write a report"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
 	@echo "make bench     the benchmarks"
-	@echo "make study     the demo over five seeds and every cycle (about an hour)"
+	@echo "make study     the demo over five seeds and every cycle (about two hours)"
 	@echo "make pretrain  train the miniature world's models from nothing (about an hour)"
 
 setup: $(READY)
@@ -28,7 +28,11 @@ demo: $(READY) data/miniature/novel/manifest.json
 	rm -rf $(DEMO)
 	$(PY) train.py --config miniature_blip.yaml --runs $(DEMO) --name plain
 	$(PY) train.py --config miniature_cycle_blip_reward.yaml --runs $(DEMO) --name cycle
-	$(PY) evaluate.py captions --config miniature_evaluate.yaml --runs '[$(DEMO)/plain, $(DEMO)/cycle]' --limit 150 --out $(DEMO)/evaluation
+	$(PY) train.py --config miniature_sd_lora.yaml --runs $(DEMO) --name plain_sd
+	$(PY) train.py --config miniature_cycle_sd.yaml --runs $(DEMO) --name cycle_sd
+	$(PY) evaluate.py captions --config miniature_evaluate.yaml --runs '[$(DEMO)/plain, $(DEMO)/cycle]' --limit 150 --out $(DEMO)/captions
+	$(PY) evaluate.py images --config miniature_evaluate_images.yaml --runs '[$(DEMO)/plain_sd, $(DEMO)/cycle_sd]' --limit 150 --out $(DEMO)/images
+	$(PY) evaluate.py report --evaluations '[$(DEMO)/captions, $(DEMO)/images]' --out $(DEMO)/report.html
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
@@ -44,6 +48,7 @@ bench: $(READY) data/miniature/novel/manifest.json
 
 study: $(READY) data/miniature/novel/manifest.json
 	$(PY) -m cyclefit.miniature.study
+	$(PY) -m cyclefit.miniature.study_images
 
 pretrain: $(READY)
 	$(PY) -m cyclefit.miniature.pretrain

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from cyclefit import UserError
 from cyclefit.report import write_report
 from cyclefit.report.html import reading
 
@@ -240,6 +241,27 @@ def test_ids_are_unique_and_links_lead_somewhere(evaluation):
             assert attributes.get(name, "#")[1:] in {"", *ids}
 
 
+def test_both_directions_on_one_page(evaluation, tmp_path):
+    folder, results, _ = evaluation
+    other = tmp_path / "images"
+    write_evaluation(other, images=4, samples=3, splits=("test",))
+    metrics = json.loads((other / "metrics.json").read_text())
+    with pytest.raises(UserError, match="both evaluate captions"):
+        write_report(folder, other, out=tmp_path / "page.html")
+    metrics |= {"kind": "images", "verdict": {"better": False, "sentence": "The text cycle did not help."}}
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    path = write_report(folder, other, out=tmp_path / "both" / "page.html")
+    page = path.read_text(encoding="utf-8")
+    test_ids_are_unique_and_links_lead_somewhere((None, None, page))
+    for sentence in (results["verdict"]["sentence"], "The text cycle did not help."):
+        assert page.count(sentence) == 1
+    for heading in ("Captioners: test", "Captioners: novel", "Generators: test", "Generators: Setup and terms"):
+        assert f">{heading}" in page
+    assert "Generators: novel" not in page
+    assert (other / "table-test.csv").is_file()
+    assert len(page) < 6_000_000
+
+
 def test_tables_show_the_numbers_of_the_json(evaluation):
     folder, results, page = evaluation
     tables = Elements(page).tables
@@ -334,8 +356,8 @@ def test_missing_parts_are_left_out(tmp_path):
     assert "<title>Own &amp; title</title>" in page
     assert 'class="verdict' not in page
     assert "<img" not in page
-    assert 'id="novel-gallery"' in page
-    assert 'id="test-gallery"' not in page
+    assert 'id="captions-novel-gallery"' in page
+    assert 'id="captions-test-gallery"' not in page
     assert "$other$" in page
     assert "nan" not in Elements(page).text.lower()
 

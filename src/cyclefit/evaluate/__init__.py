@@ -3,13 +3,29 @@
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.images import images
 
-__all__ = ["JUDGES", "captions", "images", "main"]
+__all__ = ["JUDGES", "captions", "images", "main", "report"]
 
-COMMANDS = {"captions": captions, "images": images}
+
+def report(evaluations: list[str], out: str | None = None, title: str | None = None) -> int:
+    """Writes one page of an evaluation of captions and one of images.
+
+    Args:
+        evaluations: folders that `evaluate.py captions` and `evaluate.py images` wrote.
+        out: the page; report.html in the first folder if not given.
+        title: of the page.
+
+    """
+    from cyclefit.report import write_report
+
+    print(f"report: {write_report(*evaluations, out=out, title=title)}")
+    return 0
+
+
+COMMANDS = {"captions": captions, "images": images, "report": report}
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, or `evaluate.py images`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `evaluate.py images` or `evaluate.py report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.cli import resolve_configs

@@ -30,6 +30,7 @@ from cyclefit.runs import load_run
 
 REWARD = "miniature_cycle_blip_reward.yaml"
 SOFT = "miniature_cycle_blip.yaml"
+EVALUATION = "miniature_evaluate.yaml"
 FREE = ["--model.cycle.kl_weight=0"]
 """Only the contrast makes captions grow without end."""
 REGENERATION = ["--model.cycle.reward=cyclefit.judges.Regeneration", "--model.cycle.reward.steps=5"]
@@ -48,7 +49,10 @@ VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
         ["--model.cycle.form=straight-through", "--model.cycle.captions=sampled"],
         [10.0, 1.0],
     ),
+    "best of 10, image cycle": ("miniature_blip.yaml", [], []),
+    "best of 10, contrastive": ("miniature_blip.yaml", [], []),
 }
+"""Finetuning on the best of ten is plain finetuning on the captions that the judge chose from the base model's."""
 CHOOSING_SEED = 1000
 
 
@@ -74,6 +78,23 @@ def train_run(folder: Path, name: str, config: str, overrides: list[str], weight
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
     (run / "seconds.txt").write_text(f"{time.perf_counter() - start:.1f}\n")
     return run
+
+
+def evaluate(direction: str, out: Path, config: str, runs: list[Path], shards: dict[str, Path], number: int) -> Path:
+    """`evaluate.py DIRECTION` of runs and the base model with `number` candidates."""
+    command = [sys.executable, "evaluate.py", direction, "--config", config, f"--runs={[str(run) for run in runs]}"]
+    command += [f"--shards={json.dumps({split: str(path) for split, path in shards.items()})}"]
+    subprocess.run([*command, f"--num_candidates={number}", "--out", str(out)], check=True)
+    return out
+
+
+def best_of(variant: str, direction: str, pool: Path, out: Path, *more: str) -> Path:
+    """The shards of a variant named `best of N, JUDGE` from the candidates of `pool`."""
+    if not (out / "manifest.json").exists():
+        command = [sys.executable, "-m", "cyclefit.data", "best-of", "--evaluation", str(pool), "--split", "finetune"]
+        command += ["--judge", variant.partition(", ")[2], "--direction", direction, "--out", str(out), *more]
+        subprocess.run(command, check=True)
+    return out
 
 
 def slug(variant: str) -> str:
@@ -130,10 +151,18 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    splits, train = ("test", "novel"), arguments.data / "finetune"
+    chosen = {}
+    for name in (name for name in arguments.variants if name.startswith("best of")):
+        pool = out / "pool"
+        if not (pool / "metrics.json").exists():
+            evaluate("captions", pool, EVALUATION, [], {"finetune": train}, 10)
+        chosen[name] = best_of(name, "captions", pool, out / slug(name), f"--shards={train}")
 
     def job(name: str, weight: float | None, seed: int, prefix: str = "", suffix: str = ""):
         config, overrides, _ = VARIANTS[name]
         overrides = [*overrides, "--model.round_trip_images=0"]
+        overrides += [f"--data.train={chosen[name]}"] if name in chosen else []
         folder = f"{prefix}{slug(name)}-{suffix or seed}"
         return lambda: train_run(out, folder, config, overrides, weight, seed)
 
@@ -150,11 +179,10 @@ def main() -> None:
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
     together([job(name, weights[name], seed) for name, seed in pairs], "finetuning")
-    shown = [str(out / f"{slug(name)}-0") for name in ("plain", "contrastive denoising") if name in weights]
-    command = [sys.executable, "evaluate.py", "captions", "--config", "miniature_evaluate.yaml", f"--runs={shown}"]
-    subprocess.run([*command, "--out", str(out / "evaluation")], check=True)
+    shown = [out / f"{slug(name)}-0" for name in ("plain", "contrastive denoising") if name in weights]
+    evaluate("captions", out / "evaluation", EVALUATION, shown, {split: arguments.data / split for split in splits}, 10)
     metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
-    splits, results, seconds = ("test", "novel"), {}, {}
+    results, seconds = {}, {}
     base = Blip(str(WEIGHTS / "blip"))
     results["before finetuning"] = {split: [per_image(base, arguments.data / split)] for split in splits}
     for name in arguments.variants:

@@ -7,16 +7,15 @@ with every other seed through `train.py`, draws one image per prompt of the test
 
 import argparse
 import json
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from cyclefit.miniature.study import CHOOSING_SEED, difference, slug, together, train_run
+from cyclefit.miniature.study import CHOOSING_SEED, best_of, difference, evaluate, slug, together, train_run
 
 CYCLE = "miniature_cycle_sd.yaml"
+EVALUATION = "miniature_evaluate_images.yaml"
 ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning"]
 VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
     # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
@@ -27,7 +26,8 @@ VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
     "truncated, K = 2": (CYCLE, ["--model.cycle.grad_steps=2"], [0.1, 1.0]),
     "truncated, K = 2, contrastive": (CYCLE, ["--model.cycle.contrastive=true"], [0.1, 1.0]),
     "truncated, K = 2, CLIP": (CYCLE, ["--model.cycle.image_text_weight=1.0"], [0.1, 1.0]),
-    "best of 10": ("miniature_sd_lora.yaml", [], []),
+    "best of 10, text cycle": ("miniature_sd_lora.yaml", [], []),
+    "best of 10, image-text": ("miniature_sd_lora.yaml", [], []),
 }
 CHEAP = ["--model.validation_images=8", "--data.validation_size=8"]
 MEASURES = {
@@ -39,14 +39,6 @@ MEASURES = {
     "image similarity (clip-heldout)": (1, 3),
 }
 """Columns of the tables, with their scale and decimals."""
-
-
-def evaluate(out: Path, runs: list[Path], shards: dict[str, Path], candidates: int) -> Path:
-    """`evaluate.py images` over runs and the base model."""
-    command = [sys.executable, "evaluate.py", "images", "--config", "miniature_evaluate_images.yaml"]
-    command += [f"--shards={json.dumps({k: str(v) for k, v in shards.items()})}", f"--num_candidates={candidates}"]
-    subprocess.run([*command, f"--runs={json.dumps([str(run) for run in runs])}", "--out", str(out)], check=True)
-    return out
 
 
 def measured(folder: Path, split: str) -> dict[str, dict[str, np.ndarray]]:
@@ -72,22 +64,23 @@ def main() -> None:
     out, data = arguments.out, arguments.data
     out.mkdir(parents=True, exist_ok=True)
 
-    best = out / "best-of-10"
-    if "best of 10" in arguments.variants and not (best / "manifest.json").exists():
-        pool = evaluate(out / "pool", [], {"finetune": data / "finetune"}, 10)
-        command = [sys.executable, "-m", "cyclefit.data", "best-of", "--evaluation", str(pool), "--split", "finetune"]
-        command += ["--judge", "text cycle", "--direction", "images", "--out", str(best)]
-        subprocess.run(command, check=True)
+    chosen = {}
+    for name in (name for name in arguments.variants if name.startswith("best of")):
+        pool = out / "pool"
+        if not (pool / "metrics.json").exists():
+            evaluate("images", pool, EVALUATION, [], {"finetune": data / "finetune"}, 10)
+        chosen[name] = best_of(name, "images", pool, out / slug(name))
 
     def job(name: str, weight: float | None, seed: int, prefix: str = "", suffix: str = ""):
         config, overrides, _ = VARIANTS[name]
-        overrides = [*overrides, *CHEAP, *([f"--data.train={best}"] if name == "best of 10" else [])]
+        overrides = [*overrides, *CHEAP, *([f"--data.train={chosen[name]}"] if name in chosen else [])]
         return lambda: train_run(out, f"{prefix}{slug(name)}-{suffix or seed}", config, overrides, weight, seed)
 
     grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
     jobs = [job(name, weight, CHOOSING_SEED, "choose-", str(weight)) for name, weight in grid]
     tried = together(jobs, "choosing weights on validation")
-    found = measured(evaluate(out / "choice", tried, {"validation": data / "validation"}, 1), "validation")
+    choice = evaluate("images", out / "choice", EVALUATION, tried, {"validation": data / "validation"}, 1)
+    found = measured(choice, "validation")
     choices: dict[str, dict[float, float]] = {}
     for (name, weight), run in zip(grid, tried, strict=True):
         choices.setdefault(name, {})[weight] = float(100 * found[run.name]["CIDEr"].mean())
@@ -96,7 +89,7 @@ def main() -> None:
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
     runs = together([job(name, weights.get(name), seed) for name, seed in pairs], "finetuning")
     splits = ("test", "novel")
-    folder = evaluate(out / "evaluation", runs, {split: data / split for split in splits}, 10)
+    folder = evaluate("images", out / "evaluation", EVALUATION, runs, {split: data / split for split in splits}, 10)
     seconds = {run.name: float((run / "seconds.txt").read_text()) for run in runs}
     lines = []
     for split in splits:

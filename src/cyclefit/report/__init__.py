@@ -1,37 +1,56 @@
-"""The report of one evaluation: a folder of numbers, captions and images in, figures and one page out."""
+"""The report of an evaluation: a folder of numbers, captions and images in, figures and one page out."""
 
 import csv
 import json
 import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cyclefit import UserError
+
+if TYPE_CHECKING:
+    from cyclefit.report.html import Evaluation
 
 __all__ = ["write_report"]
 
 
-def write_report(folder: Path, title: str | None = None) -> Path:
-    """Write `figures/`, `table-<split>.csv` and the self-contained `report.html` beside `metrics.json`.
+def write_report(folder: Path, *others: Path, out: Path | None = None, title: str | None = None) -> Path:
+    """Write the self-contained page of one evaluation, or of evaluations of different kinds, and what belongs to it.
 
-    Whatever the folder lacks (splits, images, scores, differences) the page leaves out. The CSV files hold
-    the numbers of the main tables in the same units, unrounded. Returns the path of the page.
+    `figures/` and `table-<split>.csv` are written beside each `metrics.json`, the page into `out`, else into
+    `folder`/report.html. Whatever a folder lacks (splits, images, scores, differences) the page leaves out. The CSV
+    files hold the numbers of the main tables in the same units, unrounded. Returns the path of the page.
 
-    Raises FileNotFoundError where there is no `metrics.json`, ValueError naming the file and the entry where
-    one cannot be read.
+    Raises FileNotFoundError where there is no `metrics.json`, UserError naming the file and the entry where
+    one cannot be read, or where two evaluations are of the same kind.
     """
     from cyclefit.report.html import page
 
-    folder = Path(folder)
-    results = _read_metrics(folder / "metrics.json")
-    candidates, references = {}, {}
-    for split in results["splits"]:
-        candidates[split] = _read_candidates(folder / f"candidates-{split}.jsonl", results)
-        references[split] = _read_references(folder / f"references-{split}.json")
-    _add_unlisted_models(results, candidates)
-    for split, content in results["splits"].items():
-        _write_table(folder / f"table-{split}.csv", content["rows"])
-    path = folder / "report.html"
-    path.write_text(page(folder, results, candidates, references, title), encoding="utf-8")
+    evaluations = [_read(Path(path)) for path in (folder, *others)]
+    kinds: dict[str, Path] = {}
+    for evaluation in evaluations:
+        if (first := kinds.setdefault(evaluation.results["kind"], evaluation.folder)) != evaluation.folder:
+            raise UserError(
+                f"{first} and {evaluation.folder} both evaluate {evaluation.results['kind']}: one page holds one "
+                "evaluation of each kind; evaluate all runs together."
+            )
+        for split, content in evaluation.results["splits"].items():
+            _write_table(evaluation.folder / f"table-{split}.csv", content["rows"])
+    path = Path(out or evaluations[0].folder / "report.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(evaluations, title), encoding="utf-8")
     return path
+
+
+def _read(folder: Path) -> "Evaluation":
+    from cyclefit.report.html import Evaluation
+
+    results = _read_metrics(folder / "metrics.json")
+    candidates = {split: _read_candidates(folder / f"candidates-{split}.jsonl", results) for split in results["splits"]}
+    references = {split: _read_references(folder / f"references-{split}.json") for split in results["splits"]}
+    _add_unlisted_models(results, candidates)
+    return Evaluation(folder, results, candidates, references)
 
 
 def _load(path: Path, text: str, where: str = "") -> object:
@@ -39,21 +58,21 @@ def _load(path: Path, text: str, where: str = "") -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         at = where or f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path} is not valid JSON ({at}: {error.msg}); run the evaluation again.") from None
+        raise UserError(f"{path} is not valid JSON ({at}: {error.msg}); run the evaluation again.") from None
 
 
 def _expect(value: object, kind: type | tuple[type, ...], path: Path, where: str) -> None:
     names = {dict: "an object", list: "a list", str: "a text", int: "an integer", (int, float): "a number"}
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        raise ValueError(f"{path}: {where} should be {names[kind]}, not {shown}; run the evaluation again.")
+        raise UserError(f"{path}: {where} should be {names[kind]}, not {shown}; run the evaluation again.")
 
 
 def _expect_estimate(entry: object, path: Path, where: str) -> None:
     """An object with `value` and perhaps `low` and `high`; null, NaN and infinity stand for no number."""
     _expect(entry, dict, path, where)
     if "value" not in entry:
-        raise ValueError(f"{path}: {where} has no 'value'; run the evaluation again.")
+        raise UserError(f"{path}: {where} has no 'value'; run the evaluation again.")
     for name in ("value", "low", "high", "p", "relative"):
         if entry.get(name) is not None:
             _expect(entry[name], (int, float), path, f"{where}.{name}")
@@ -77,9 +96,9 @@ def _read_metrics(path: Path) -> dict:
     for name in ("metadata", "models", "splits"):
         _expect(results.setdefault(name, {}), dict, path, name)
     if results.setdefault("kind", "captions") not in ("captions", "images"):
-        raise ValueError(f"{path}: kind should be 'captions' or 'images', not {results['kind']!r}.")
+        raise UserError(f"{path}: kind should be 'captions' or 'images', not {results['kind']!r}.")
     if not results["splits"]:
-        raise ValueError(f"{path} has no splits: nothing was evaluated, so there is nothing to report.")
+        raise UserError(f"{path} has no splits: nothing was evaluated, so there is nothing to report.")
     for name, model in results["models"].items():
         _expect(model, dict, path, f"models.{name}")
         if "color_index" in model:
@@ -89,7 +108,7 @@ def _read_metrics(path: Path) -> dict:
     for split, content in results["splits"].items():
         # The name becomes part of file names.
         if not re.fullmatch(r"\w[\w.-]*", split):
-            raise ValueError(f"{path}: the split name {split!r} may only hold letters, digits, '_', '-' and '.'.")
+            raise UserError(f"{path}: the split name {split!r} may only hold letters, digits, '_', '-' and '.'.")
         where = f"splits.{split}"
         _expect(content, dict, path, where)
         for name in ("rows", "differences", "rank_curves"):

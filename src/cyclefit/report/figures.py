@@ -41,8 +41,8 @@ def color(model: dict) -> str:
     return PALETTE[model["color_index"] % len(PALETTE)]
 
 
-def render(stem: Path, label: str, draw: Callable[..., "Figure"], *inputs) -> str:
-    """Draw into `stem`.svg and `stem`.png; returns the svg as an element in the page's colours."""
+def render(stem: Path, name: str, label: str, draw: Callable[..., "Figure"], *inputs) -> str:
+    """Draw into `stem`.svg and `stem`.png; returns the svg as an element in the page's colours, ids under `name`."""
     import matplotlib
 
     style = {
@@ -77,7 +77,7 @@ def render(stem: Path, label: str, draw: Callable[..., "Figure"], *inputs) -> st
         figure = draw(*inputs)
         figure.savefig(f"{stem}.svg", metadata={"Date": None})
         figure.savefig(f"{stem}.png", dpi=200)
-    return _inline(Path(f"{stem}.svg").read_text(encoding="utf-8"), stem.name, label)
+    return _inline(Path(f"{stem}.svg").read_text(encoding="utf-8"), name, label)
 
 
 def _inline(svg: str, name: str, label: str) -> str:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cyclefit import UserError
 from cyclefit.report.figures import (
     THEME,
     color,
@@ -30,6 +32,8 @@ from cyclefit.report.figures import (
 class Kind:
     """The words in which the page of one kind of evaluation differs from another's."""
 
+    name: str
+    """What is compared."""
     item: str
     """What is evaluated, one candidate kept of each."""
     kept: str
@@ -46,7 +50,25 @@ class Kind:
     """Scores that every candidate in the gallery shows, beside the one chosen there, and their short names."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation's folder holds."""
+
+    folder: Path
+    results: dict
+    candidates: dict[str, list[dict]]
+    """By split."""
+    references: dict[str, dict]
+    """By split."""
+
+    @property
+    def kind(self) -> Kind:
+        """Its words."""
+        return KINDS[self.results["kind"]]
+
+
 CAPTIONS = Kind(
+    name="Captioners",
     item="image",
     kept="caption",
     judge="image cycle",
@@ -75,6 +97,7 @@ CAPTIONS = Kind(
     scores={},
 )
 IMAGES = Kind(
+    name="Generators",
     item="prompt",
     kept="image",
     judge="text cycle",
@@ -116,32 +139,19 @@ THUMBNAILS = ((224, 80), (160, 74), (112, 68))
 SMALL = 64
 
 
-def page(
-    folder: Path,
-    results: dict,
-    candidates: dict[str, list[dict]],
-    references: dict[str, dict],
-    title: str | None,
-) -> str:
-    """The whole page, its figures drawn into `folder`/figures on the way."""
+def page(evaluations: list[Evaluation], title: str | None) -> str:
+    """The whole page, its figures drawn into each evaluation's `figures` on the way."""
     here = Path(__file__).parent
-    splits, kind = results["splits"], KINDS[results["kind"]]
-    budget = IMAGE_BUDGET // max(1, sum(bool(rows) for rows in candidates.values()))
-    sections, contents = [], []
-    for split in splits:
-        section, links = _split(folder, split, results, candidates[split], references[split], budget, kind)
-        sections.append(section)
-        contents.append(f"<div><span>{escape(split)}</span>{links}</div>")
-    sections.append(_setup(results, kind))
-    contents.append('<div><span></span><a href="#setup">Setup and terms</a></div>')
+    budget = IMAGE_BUDGET // max(1, sum(bool(rows) for e in evaluations for rows in e.candidates.values()))
+    parts = [_part(evaluation, budget, alone=len(evaluations) == 1) for evaluation in evaluations]
     script = (here / "report.js").read_text(encoding="utf-8")
+    results = evaluations[0].results
     fields = {
         "title": escape(title or str(results.get("title") or "Evaluation")),
         "byline": _byline(results),
-        "verdict": _verdict(results.get("verdict")),
-        "headline": _headline(results, kind),
-        "contents": "\n".join(contents),
-        "sections": "\n".join(sections),
+        "summaries": "\n".join(summary for summary, _, _ in parts),
+        "contents": "\n".join(contents for _, contents, _ in parts),
+        "sections": "\n".join(sections for _, _, sections in parts),
         "style": (here / "report.css").read_text(encoding="utf-8"),
         "script": script,
         # The policy admits this one script, so that nothing from a caption could ever run.
@@ -149,6 +159,22 @@ def page(
     }
     template = (here / "template.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match[1]], template)
+
+
+def _part(evaluation: Evaluation, budget: int, alone: bool) -> tuple[str, str, str]:
+    """One evaluation's summary, contents and sections; headed by its kind where it is not alone."""
+    results, kind = evaluation.results, evaluation.kind
+    head = "" if alone else f"{kind.name}: "
+    summary = "" if alone else f"<h2>{kind.name}</h2>\n"
+    summary += f'{_verdict(results.get("verdict"))}\n<ul class="headline">\n{_headline(results, kind)}\n</ul>'
+    sections, contents = [], []
+    for split in results["splits"]:
+        section, links = _split(evaluation, split, budget, head)
+        sections.append(section)
+        contents.append(f"<div><span>{head}{escape(split)}</span>{links}</div>")
+    sections.append(_setup(results, kind, head))
+    contents.append(f'<div><span></span><a href="#{results["kind"]}-setup">{head}Setup and terms</a></div>')
+    return summary, "\n".join(contents), "\n".join(sections)
 
 
 # ---- numbers and words
@@ -320,7 +346,7 @@ def _cost(results: dict, kind: Kind) -> str:
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
-def _setup(results: dict, kind: Kind) -> str:
+def _setup(results: dict, kind: Kind, head: str) -> str:
     metadata = dict(results["metadata"])
     commands = metadata.pop("commands", None) or []
     shown = {name.replace("_", " "): escape(str(value)) for name, value in metadata.items() if value is not None}
@@ -339,7 +365,7 @@ def _setup(results: dict, kind: Kind) -> str:
     rows_of_all = [row for content in results["splits"].values() for row in content["rows"]]
     # The scorer stands in brackets behind a metric's name.
     metrics = {name.split(" (")[0] for name in metric_names(rows_of_all)}
-    parts = ['<section id="setup"><h2>Setup and terms</h2>']
+    parts = [f'<section id="{results["kind"]}-setup"><h2>{head}Setup and terms</h2>']
     for heading, entries in (
         ("Models", rows),
         ("Selections", [(name, text) for name, text in kind.selections.items() if name in present]),
@@ -355,25 +381,29 @@ def _setup(results: dict, kind: Kind) -> str:
 # ---- one split
 
 
-def _split(
-    folder: Path, split: str, results: dict, candidates: list[dict], references: dict, budget: int, kind: Kind
-) -> tuple[str, str]:
-    content, models = results["splits"][split], results["models"]
+def _split(evaluation: Evaluation, split: str, budget: int, head: str) -> tuple[str, str]:
+    results, folder, kind = evaluation.results, evaluation.folder, evaluation.kind
+    candidates, references = evaluation.candidates[split], evaluation.references[split]
+    content, models, prefix = results["splits"][split], results["models"], f"{results['kind']}-{split}"
     size = content.get("num_images")
     small = f" <small>{_plural(size, kind.item)}</small>" if size else ""
+
+    def figure(name: str, label: str, draw, *inputs) -> str:
+        return render(folder / "figures" / f"{split}-{name}", f"{prefix}-{name}", f"{label}, {split}", draw, *inputs)
+
     blocks = {
         "Results": _main_table(content["rows"], models, split, kind),
         "Differences": _differences(content["differences"]),
-        "Comparison": _comparison(folder, split, content["rows"], models),
-        "Reconstruction rank": _rank_curves(folder, split, content, models, kind),
-        "Score and quality": _score_boxes(folder, split, candidates, models, kind),
+        "Comparison": _comparison(figure, content["rows"], models),
+        "Reconstruction rank": _rank_curves(figure, content, models, kind),
+        "Score and quality": _score_boxes(figure, candidates, models, kind),
         "Gallery": _gallery(folder, split, candidates, references, models, budget, kind),
     }
     blocks = {name: block for name, block in blocks.items() if block}
-    parts = [f'<section id="{escape(split)}"><h2>{escape(split)}{small}</h2>']
+    parts = [f'<section id="{prefix}"><h2>{head}{escape(split)}{small}</h2>']
     links = []
     for name, block in blocks.items():
-        anchor = f"{escape(split)}-{name.lower().replace(' ', '-')}"
+        anchor = f"{prefix}-{name.lower().replace(' ', '-')}"
         parts.append(f'<h3 id="{anchor}">{name}</h3>\n{block}')
         links.append(f'<a href="#{anchor}">{name}</a>')
     return "\n".join([*parts, "</section>"]), "".join(links)
@@ -494,27 +524,27 @@ def _panels(how: str, figures: list[str]) -> str:
     return f'<p class="how">How to read this: {how}</p><div class="panels">{items}</div>'
 
 
-def _comparison(folder: Path, split: str, rows: list[dict], models: dict[str, dict]) -> str:
+def _comparison(figure: Callable[..., str], rows: list[dict], models: dict[str, dict]) -> str:
     figures = []
     for metric in metric_names(rows):
         if any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
-            stem = folder / "figures" / f"{split}-comparison-{_slug(metric)}"
-            figures.append(render(stem, f"{metric} of every row, {split}", comparison, rows, metric, models))
+            name = f"comparison-{_slug(metric)}"
+            figures.append(figure(name, f"{metric} of every row", comparison, rows, metric, models))
     return _panels(
         "one dot per row of the table with its 95% interval; colours and markers are models; the oracle is hollow.",
         figures,
     )
 
 
-def _rank_curves(folder: Path, split: str, content: dict, models: dict[str, dict], kind: Kind) -> str:
+def _rank_curves(figure: Callable[..., str], content: dict, models: dict[str, dict], kind: Kind) -> str:
     figures = []
     kinds = dict.fromkeys((curve["metric"], curve["selection"]) for curve in content["rank_curves"])
     for metric, selection in kinds:
         curves = [c for c in content["rank_curves"] if (c["metric"], c["selection"]) == (metric, selection)]
         if any(entry["value"] is not None for curve in curves for entry in curve["values"]):
-            stem = folder / "figures" / f"{split}-rank-{_slug(metric)}-{_slug(selection)}"
-            label = f"{metric} against the rank by {selection}, {split}"
-            figures.append(render(stem, label, rank_curves, curves, content["rows"], metric, selection, models))
+            name = f"rank-{_slug(metric)}-{_slug(selection)}"
+            label = f"{metric} against the rank by {selection}"
+            figures.append(figure(name, label, rank_curves, curves, content["rows"], metric, selection, models))
     return _panels(
         f"each {kind.item}'s candidates are ranked by the score, rank 1 is the {kind.kept} that is kept; a line that "
         "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
@@ -528,7 +558,7 @@ def _primary(candidates: list[dict], field: str, first: str) -> str | None:
     return first if first in names else names[0] if names else None
 
 
-def _score_boxes(folder: Path, split: str, candidates: list[dict], models: dict[str, dict], kind: Kind) -> str:
+def _score_boxes(figure: Callable[..., str], candidates: list[dict], models: dict[str, dict], kind: Kind) -> str:
     score, metric = _primary(candidates, "scores", kind.judge), _primary(candidates, "metrics", "CIDEr")
     if score is None or metric is None:
         return ""
@@ -545,9 +575,9 @@ def _score_boxes(folder: Path, split: str, candidates: list[dict], models: dict[
         return ""
     top = max(float(np.percentile(values, 95)) for model in bins.values() for _, values in model) * 1.05 or 1.0
     figures = [
-        render(
-            folder / "figures" / f"{split}-score-{_slug(metric)}-{_slug(score)}-{_slug(name)}",
-            f"{metric} in bins of {score} for {name}, {split}",
+        figure(
+            f"score-{_slug(metric)}-{_slug(score)}-{_slug(name)}",
+            f"{metric} in bins of {score} for {name}",
             *(score_boxes, groups, score, metric, name, models[name], top),
         )
         for name, groups in bins.items()
@@ -614,7 +644,7 @@ class _Images:
     def _encode(self, name: str, side: int) -> tuple[str, bool] | None:
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder):
-            raise ValueError(f"The image {name!r} lies outside {self.folder}; paths are relative to that folder.")
+            raise UserError(f"The image {name!r} lies outside {self.folder}; paths are relative to that folder.")
         if path not in self.encoded:
             self.encoded[path] = None
             if path.is_file():
