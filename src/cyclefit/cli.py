@@ -1,6 +1,7 @@
 """The command line: LightningCLI, bare config names, one run in one folder."""
 
 import json
+import math
 import os
 import signal
 import sys
@@ -14,12 +15,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
+from cyclefit.runs import newest, write_checkpoint
 
+# What `auto` means on several devices: a rank that waits this long for another one gives up with an error.
+StrategyRegistry.register(
+    "ddp", DDPStrategy, "DDP", override=True, find_unused_parameters=False, timeout=timedelta(minutes=10)
+)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -55,6 +63,7 @@ class JsonlLogger(Logger):
     def __init__(self, folder: Path):
         super().__init__()
         self.folder = folder
+        self._first = True
 
     @property
     def name(self) -> str:
@@ -78,13 +87,35 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one line."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        """Appends one line; before the first one, drops those that a killed run wrote of this step and later ones."""
+        path = self.folder / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self._first and path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) < (step or 0)]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(path)
+        self._first = False
+        with path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """The run's `config.yaml` holds them."""
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are there whole or not at all, see `runs.write_checkpoint`."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Writes one."""
+        write_checkpoint(checkpoint, Path(path))
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -99,10 +130,29 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """`last.ckpt`, the newest state: at the end of every validation, and wherever the fit ends.
+    """`last.ckpt`, the newest state: at the end of every validation, every 15 minutes, and wherever the fit ends.
 
-    ModelCheckpoint's own `save_last` beside a `monitor` writes only where the metric improved.
+    ModelCheckpoint's own `save_last` beside a `monitor` writes only where the metric improved; its own
+    `train_time_interval` has the ranks agree, and the GPU wait, in every step: here they do in every logging step.
     """
+
+    interval = 15 * 60.0
+    """Seconds."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clock."""
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        """Saves where the last time is long ago."""
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            due = time.monotonic() - self._saved_at > self.interval
+            if trainer.strategy.reduce_boolean_decision(due, all=False):
+                self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.filename}.ckpt"))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_at = time.monotonic()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last step, if it is not saved yet."""
@@ -112,27 +162,48 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C ends the fit after the step at hand, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C or SIGTERM ends the fit after the step at hand, with a checkpoint; a second one ends it at once.
+
+    On several ranks the signal may reach one of them, or all in different steps: they agree at every logging step.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.stopped = False
+        self.stopped: int | None = None
+        """The signal that ended the fit."""
+        self._before: dict[int, object] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over SIGINT."""
-        self._before = signal.signal(signal.SIGINT, self._stop)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the signals."""
+        self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
 
-    def _stop(self, *_) -> None:
-        self.stopped = True
-        signal.signal(signal.SIGINT, self._before)
-        rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
+    def _stop(self, number: int, _) -> None:
+        self.stopped = number
+        self._give_back()
+        rank_zero_info("\nstopping after this step; the same signal again stops at once")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            # A second SIGTERM is to end the process, not to be noted by Lightning.
+            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
         """Ends the fit where it was asked for; the checkpoint is written as at any end."""
-        trainer.should_stop = trainer.should_stop or self.stopped
+        if trainer.world_size == 1:
+            trainer.should_stop = trainer.should_stop or self.stopped is not None
+        elif (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            number = torch.tensor(self.stopped or 0, device=pl_module.device)
+            self.stopped = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+            trainer.should_stop = trainer.should_stop or self.stopped is not None
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives SIGINT back."""
-        signal.signal(signal.SIGINT, self._before)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gives the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._give_back()
 
 
 class RunCLI(LightningCLI):
@@ -151,9 +222,13 @@ class RunCLI(LightningCLI):
         if not config.name:
             raise UserError("the run has no name: add `name: ...` to the config or --name NAME")
         self.folder = Path(config.runs) / config.name
-        last = self.folder / "checkpoints" / "last.ckpt"
-        self.ckpt_path = str(last) if config.ckpt_path == "last" else config.ckpt_path
-        if self.ckpt_path and not Path(self.ckpt_path).exists():
+        self.ckpt_path = config.ckpt_path
+        if self.ckpt_path == "last":
+            path, passed_over = newest(self.folder)
+            self.ckpt_path = str(path)
+            if passed_over:
+                rank_zero_warn(f"{passed_over}; continuing from {path}")
+        elif self.ckpt_path and not Path(self.ckpt_path).exists():
             raise UserError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
         if not self.ckpt_path and (self.folder / "config.yaml").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
             raise UserError(
@@ -168,12 +243,12 @@ class RunCLI(LightningCLI):
         if self.config.trainer.logger in (None, True):
             kwargs["logger"] = [JsonlLogger(self.folder), self._wandb()]
         self.stop = StopOnSignal()
-        checkpoints, newest = self.folder / "checkpoints", {"filename": "last", "enable_version_counter": False}
+        checkpoints = self.folder / "checkpoints"
         monitor = self.model.monitor
         best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
-        timed = ModelCheckpoint(checkpoints, **newest, train_time_interval=timedelta(minutes=15))
-        last = LastCheckpoint(checkpoints, **newest)
-        self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), timed, last, *self._progress()]
+        last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
+        self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), last, *self._progress()]
+        kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]
         return super().instantiate_trainer(**kwargs)
 
     def _progress(self) -> list[Callback]:
@@ -224,8 +299,9 @@ def train(arguments: list[str]) -> int:
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     if cli.stop.stopped:
         command = " ".join(["python", *sys.argv])
-        rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {command} --ckpt_path last")
-        return 130
+        again = "" if "--ckpt_path" in command else " --ckpt_path last"
+        rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {command}{again}")
+        return 128 + cli.stop.stopped
     rank_zero_info(f"finished: {cli.folder}")
     return 0
 

@@ -37,6 +37,7 @@ class Finetune(L.LightningModule, ABC):
         self.warmup_steps = warmup_steps
         self.seed = seed
         self._samples: list[tuple[Tensor, Tensor | None, str, float]] = []
+        self._watched: list[tuple[int, list[str], Tensor]] = []
         # The frozen models are not in the checkpoint; `load_state_dict` checks that all the rest is.
         self.strict_loading = False
 
@@ -97,8 +98,8 @@ class Finetune(L.LightningModule, ABC):
         half_on_gpu(module)
 
     @abstractmethod
-    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch, and scalars to log."""
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """The loss of one batch, scalars to log, and the losses of its samples, or of the first of them."""
 
     @abstractmethod
     def validation_results(self) -> dict[str, Tensor]:
@@ -106,10 +107,49 @@ class Finetune(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective, logged by its parts."""
-        loss, logs = self.objective(batch, self.step_seeds(batch_idx, len(batch)))
+        loss, logs, losses = self.objective(batch, self.step_seeds(batch_idx, len(batch)))
+        self.watch(batch.keys, losses)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
         return loss
+
+    def watch(self, keys: list[str], losses: list[Float[Tensor, "m"]]) -> None:
+        """Notes which samples' losses are finite, without waiting for the device; looks at them at logging steps."""
+        finite = torch.ones(len(keys), dtype=torch.bool, device=losses[0].device)
+        for loss in losses:
+            finite[: len(loss)] &= loss.detach().isfinite()
+        self._watched.append((self.global_step, keys, finite))
+        if len(self._watched) >= self.trainer.log_every_n_steps:
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Looks at what was noted since the last time.
+
+        Raises:
+            UserError: a loss was not finite; the message names the step and the samples.
+
+        """
+        watched, self._watched = self._watched, []
+        if not watched or torch.cat([finite for _, _, finite in watched]).all():
+            return
+        lost = next(i for i, (_, _, finite) in enumerate(watched) if not finite.all())
+        step, keys, finite = watched[lost]
+        samples = [key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine]
+        before = (
+            f", or those of the step before: {', '.join(watched[lost - 1][1])}" if lost and not finite.any() else ""
+        )
+        raise UserError(
+            f"the loss is not finite at step {step}; samples: {', '.join(samples)}{before}. The last "
+            "checkpoint is older: take them out or lower the learning rate, and continue with --ckpt_path last"
+        )
+
+    def on_validation_start(self) -> None:
+        """Nothing is validated that is lost."""
+        self.check_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Nothing is saved that is lost."""
+        self.check_finite()
 
     def on_validation_epoch_end(self) -> None:
         """Logs what was measured and saves the sample grid."""
@@ -201,20 +241,21 @@ class CaptionerFinetune(Finetune):
         if idle := [name for name in trains if not modes[name].training]:
             raise RuntimeError(f"captioner.{idle[0]} is to be trained but in eval mode")
 
-    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_LM + weight L_cycle, one pass of the captioner over the reference captions for both; scalars to log."""
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """L_LM + weight L_cycle, one pass of the captioner over the reference captions for both."""
         features = self.captioner.embed(batch.images)
         tokens = self.captioner.tokenize(batch.captions)
         logits = self.captioner.logits(features, tokens)
-        language = self.captioner.loss_of(logits, tokens).mean()
-        logs = {"lm": language.detach()}
-        loss = language
+        losses = self.captioner.loss_of(logits, tokens)
+        loss = language = losses.mean()
+        logs, parts = {"lm": language.detach()}, [losses]
         if self.cycle is not None:
             reading = Reading(batch.images, features, tokens, logits)
             cycle, details = self.cycle(self.captioner, self.partners, reading, seeds)
             loss = language + self.cycle.weight * cycle.mean()
             logs |= {"cycle": cycle.detach().mean(), **details}
-        return loss, logs
+            parts.append(cycle)
+        return loss, logs, parts
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Greedy captions against all references; the first images are regenerated from theirs."""
@@ -326,17 +367,19 @@ class GeneratorFinetune(Finetune):
         if self.ema is not None:
             self.ema.to(self.device)
 
-    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_denoise + weight L_cycle; scalars to log."""
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """L_denoise + weight L_cycle."""
         kept = (torch.rand(len(batch)) >= self.caption_dropout).tolist()
         captions = [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
-        denoising = self.generator.loss(batch.images, captions, self.snr_gamma).mean()
-        logs, loss = {"denoising": denoising.detach()}, denoising
+        losses = self.generator.loss(batch.images, captions, self.snr_gamma)
+        loss = denoising = losses.mean()
+        logs, parts = {"denoising": denoising.detach()}, [losses]
         if self.cycle is not None:
             cycle, details = self.cycle(self.generator, self.partners, batch.images, batch.captions, seeds)
             loss = denoising + self.cycle.weight * cycle.mean()
             logs |= {"cycle": cycle.detach().mean(), **details}
-        return loss, logs
+            parts.append(cycle)
+        return loss, logs, parts
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """The optimizer's step, then the moving average's."""
@@ -346,6 +389,7 @@ class GeneratorFinetune(Finetune):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Adds the moving average."""
+        super().on_save_checkpoint(checkpoint)
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
@@ -482,15 +526,20 @@ class AlternatingFinetune(Finetune):
             schedulers.append(half.warm_up(optimizers[-1]))
         return optimizers, schedulers
 
-    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """The objective of whose turn it is, with the other model frozen."""
         turn = self.global_step % 2
         for k, parameters in enumerate(self.turns):
             for parameter in parameters.values():
                 parameter.requires_grad_(k == turn)
         name, half = (("captioner", self.captioning), ("generator", self.drawing))[turn]
-        loss, logs = half.objective(batch, seeds)
-        return loss, {f"{name}/{key}": value for key, value in logs.items()}
+        loss, logs, losses = half.objective(batch, seeds)
+        # Every rank's reducer waits for a gradient of every parameter, those at rest too.
+        if self.trainer.world_size > 1:
+            for parameter in self.turns[1 - turn].values():
+                parameter.requires_grad_(True)
+                loss = loss + 0.0 * parameter.sum()
+        return loss, {f"{name}/{key}": value for key, value in logs.items()}, losses
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One step of whose turn it is."""

@@ -1,5 +1,7 @@
 """A finetuned run as it lies on disk: its configuration, what it trained, and its models with those weights."""
 
+import os
+import zipfile
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,65 @@ from cyclefit.generators import Generator
 Which = Literal["captioner", "generator"]
 
 
+def write_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Writes a checkpoint that is there whole or not at all; what `last.ckpt` held becomes `previous.ckpt`.
+
+    Raises:
+        UserError: it could not be written; what was there before is untouched.
+
+    """
+    partial, previous = path.with_suffix(".partial"), path.with_name("previous.ckpt")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.stem == "last" and path.exists():
+            path.replace(previous)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch raises its own error over that of a full disk.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        partial.unlink(missing_ok=True)
+        whole = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) if path.parent.is_dir() else ""
+        raise UserError(
+            f"{path} could not be written: {cause.strerror}; whole are {whole or 'no checkpoints'}; make room, then "
+            "continue with --ckpt_path last"
+        ) from error
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its own checksums; None if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        return str(error)
+    return f"{broken} does not match its checksum" if broken else None
+
+
+def newest(folder: Path) -> tuple[Path, str | None]:
+    """A run's newest whole checkpoint, and what is wrong with a newer one that is passed over.
+
+    Raises:
+        UserError: the run has saved none, or only damaged ones.
+
+    """
+    found = [folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
+    found = [path for path in found if path.exists()]
+    if not found:
+        raise UserError(
+            f"there is no checkpoint {folder}/checkpoints/last.ckpt: leave out --ckpt_path to start the run"
+        )
+    damages = [f"{path} is damaged ({reason})" for path in found if (reason := damage(path))]
+    if len(damages) == len(found):
+        raise UserError(f"{'; '.join(damages)}: delete {folder} and start the run again")
+    return found[1 if damages and found[0].name in damages[0] else 0], "; ".join(damages) or None
+
+
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
     """A run's configuration, with its `steps` so far, and what it trained by name, `captioner...` or `generator...`.
 
@@ -21,6 +82,7 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
 
     Raises:
         FileNotFoundError: the folder holds no run, or no such checkpoint.
+        UserError: the checkpoint is damaged.
 
     """
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
@@ -31,6 +93,9 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
         saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
     config = yaml.safe_load((folder / "config.yaml").read_text())
+    if reason := damage(path):
+        others = sorted(p.stem for p in path.parent.glob("*.ckpt") if p != path and not damage(p))
+        raise UserError(f"{path} is damaged ({reason}); whole checkpoints of the run: {', '.join(others) or 'none'}")
     state = torch.load(path, map_location="cpu", weights_only=True)
     # The moving average lists the same parameters in the same order.
     tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()

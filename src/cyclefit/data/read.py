@@ -122,7 +122,7 @@ def expand_shards(shards: str | Path | list[str]) -> list[str]:
         try:
             names = [entry] if os.path.exists(entry) else list(braceexpand(entry))
         except ValueError as error:
-            raise ValueError(f"shards {entry}: the braces do not close ({error}).") from None
+            raise UserError(f"shards {entry}: the braces do not close ({error}).") from None
         for name in names:
             if _REMOTE.match(name) or os.path.isfile(name):
                 found.append(name)
@@ -613,12 +613,12 @@ def evaluation_batches(
 
     Raises:
         FileNotFoundError: a shard or pattern leads to nothing.
-        ValueError: more than `max_bad_fraction` of the samples cannot be used, or there are none.
+        UserError: more than `max_bad_fraction` of the samples cannot be used, or there are none.
 
     """
     _positive(image_size=image_size, batch_size=batch_size, limit=limit, world_size=world_size)
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not below world_size {world_size}.")
+        raise UserError(f"rank {rank} is not below world_size {world_size}.")
     stream, num_workers = _evaluation_stream(
         expand_shards(shards),
         decode=(image_size, max_bad_fraction),
@@ -648,7 +648,7 @@ class ShardData(L.LightningDataModule):
 
     Raises:
         FileNotFoundError: a shard or pattern leads to nothing.
-        ValueError: a number is out of its range; while reading, more than `max_bad_fraction` of at least 50
+        UserError: a number is out of its range; while reading, more than `max_bad_fraction` of at least 50
             samples cannot be used.
 
     """
@@ -678,11 +678,11 @@ class ShardData(L.LightningDataModule):
             validation_size=validation_size,
         )
         if num_workers < 0 or shuffle_buffer < 0:
-            raise ValueError(f"num_workers={num_workers}, shuffle_buffer={shuffle_buffer}: not below 0.")
+            raise UserError(f"num_workers={num_workers}, shuffle_buffer={shuffle_buffer}: not below 0.")
         if crop not in ("random", "center"):
-            raise ValueError(f"crop={crop} is neither random nor center.")
+            raise UserError(f"crop={crop} is neither random nor center.")
         if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction={max_bad_fraction} is not between 0 and 1.")
+            raise UserError(f"max_bad_fraction={max_bad_fraction} is not between 0 and 1.")
         self.train, self.validation = train, validation
         self.image_size, self.batch_size = image_size, batch_size
         self.validation_batch_size = validation_batch_size or batch_size
@@ -695,7 +695,7 @@ class ShardData(L.LightningDataModule):
     def train_dataloader(self) -> TrainLoader:
         """The training stream, from its beginning or from the position a checkpoint restored."""
         if self.train is None:
-            raise ValueError("no training shards: set train to a folder or pattern of shards.")
+            raise UserError("no training shards: set train to a folder or pattern of shards.")
         urls, (rank, world_size), workers = expand_shards(self.train), self._rank(), max(self.num_workers, 1)
         if len(urls) < world_size * workers and world_size * workers > 1:
             log.warning(
@@ -763,4 +763,4 @@ class ShardData(L.LightningDataModule):
 def _positive(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
-            raise ValueError(f"{name}={number} must be at least 1.")
+            raise UserError(f"{name}={number} must be at least 1.")

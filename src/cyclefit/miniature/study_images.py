@@ -16,16 +16,15 @@ from cyclefit.miniature.study import CHOOSING_SEED, best_of, difference, evaluat
 
 CYCLE = "miniature_cycle_sd.yaml"
 EVALUATION = "miniature_evaluate_images.yaml"
-ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning"]
 VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
-    # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
+    # name: (config, overrides, weights to choose from)
     "plain": ("miniature_sd_lora.yaml", [], []),
-    "one step, t < 300": (CYCLE, ONE_STEP, [0.1, 1.0]),
-    "one step, contrastive": (CYCLE, [*ONE_STEP, "--model.cycle.contrastive=true"], [0.1, 1.0]),
-    "truncated, K = 1": (CYCLE, ["--model.cycle.grad_steps=1"], [0.1, 1.0]),
-    "truncated, K = 2": (CYCLE, ["--model.cycle.grad_steps=2"], [0.1, 1.0]),
-    "truncated, K = 2, contrastive": (CYCLE, ["--model.cycle.contrastive=true"], [0.1, 1.0]),
-    "truncated, K = 2, CLIP": (CYCLE, ["--model.cycle.image_text_weight=1.0"], [0.1, 1.0]),
+    "plain, the cycle's rate": (CYCLE, ["--model.cycle=null"], []),
+    "one step, t < 300": (CYCLE, ["--model.cycle=cyclefit.cycles.OneStepCaptioning"], [1.0, 0.1]),
+    "truncated, K = 1": (CYCLE, ["--model.cycle.grad_steps=1"], [1.0]),
+    "truncated, K = 2": (CYCLE, [], [1.0, 10.0]),
+    "truncated, K = 2, contrastive": (CYCLE, ["--model.cycle.contrastive=true"], [1.0, 0.1]),
+    "truncated, K = 2, CLIP": (CYCLE, ["--model.cycle.image_text_weight=1.0"], [1.0]),
     "best of 10, text cycle": ("miniature_sd_lora.yaml", [], []),
     "best of 10, image-text": ("miniature_sd_lora.yaml", [], []),
 }
@@ -76,7 +75,8 @@ def main() -> None:
         overrides = [*overrides, *CHEAP, *([f"--data.train={chosen[name]}"] if name in chosen else [])]
         return lambda: train_run(out, f"{prefix}{slug(name)}-{suffix or seed}", config, overrides, weight, seed)
 
-    grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
+    weights = {name: VARIANTS[name][2][0] for name in arguments.variants if VARIANTS[name][2]}
+    grid = [(name, weight) for name in weights if len(VARIANTS[name][2]) > 1 for weight in VARIANTS[name][2]]
     jobs = [job(name, weight, CHOOSING_SEED, "choose-", str(weight)) for name, weight in grid]
     tried = together(jobs, "choosing weights on validation")
     choice = evaluate("images", out / "choice", EVALUATION, tried, {"validation": data / "validation"}, 1)
@@ -84,7 +84,7 @@ def main() -> None:
     choices: dict[str, dict[float, float]] = {}
     for (name, weight), run in zip(grid, tried, strict=True):
         choices.setdefault(name, {})[weight] = float(100 * found[run.name]["CIDEr"].mean())
-    weights = {name: max(values, key=values.get) for name, values in choices.items()}
+    weights |= {name: max(values, key=values.get) for name, values in choices.items()}
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
     runs = together([job(name, weights.get(name), seed) for name, seed in pairs], "finetuning")
