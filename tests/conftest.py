@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
@@ -68,3 +69,26 @@ def batch(world):
     from cyclefit.data import evaluation_batches
 
     return next(iter(evaluation_batches(str(world / "validation"), image_size=32, batch_size=12)))
+
+
+@pytest.fixture
+def launch(tmp_path, world, monkeypatch):
+    """Runs train.py's own entry point in this process, on small numbers, from the project's folder."""
+    from cyclefit import cli
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+    def run(config, name, *arguments, steps=2):
+        small = {
+            "runs": tmp_path, "name": name, "trainer.max_steps": steps, "trainer.val_check_interval": 2,
+            "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": "false",
+            "trainer.enable_model_summary": "false", "data.train": world / "finetune",
+            "data.validation": world / "validation", "data.validation_size": 24, "data.batch_size": 8,
+            "data.epoch_size": 24, "model.generator.steps": 2,
+            "model.round_trip_images" if "blip" in config else "model.validation_images": 4,
+        }  # fmt: skip
+        cli.train(["--config", config, *[f"--{k}={v}" for k, v in small.items()], *arguments])
+        return tmp_path / name
+
+    return run

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -64,6 +65,29 @@ class Divert(Callback):
     def setup(self, trainer, pl_module, stage):
         if trainer.global_rank == self.rank:
             trainer.datamodule.train = self.shards
+
+
+class Remove(Callback):
+    """A file is gone once so many steps are done."""
+
+    def __init__(self, path: str, step: int):
+        self.path, self.step = Path(path), step
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            self.path.unlink()
+
+
+class Sleep(Callback):
+    """A step that does not end."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            print("sleeping", flush=True)
+            time.sleep(600)
 
 
 class Accident(Callback):

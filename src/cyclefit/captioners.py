@@ -47,6 +47,8 @@ class Captioner(nn.Module, ABC):
     vocab_size: int
     """Width of the logits; the tokenizer may know fewer tokens."""
     label_smoothing: float = 0.0
+    max_tokens: int = 64
+    """Longer captions are cut to it, the end token included."""
 
     @abstractmethod
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
@@ -62,9 +64,10 @@ class Captioner(nn.Module, ABC):
     ) -> Int[Tensor, "b n l"]:
         """`decoding.num_samples` captions per image, without gradient, sampled by each image's own seed."""
 
-    def tokenize(self, captions: list[str], max_tokens: int = 64) -> Int[Tensor, "b l"]:
+    def tokenize(self, captions: list[str]) -> Int[Tensor, "b l"]:
         """Captions as token ids, ended and padded; what is longer than `max_tokens` is cut."""
-        rows = self.tokenizer(captions, add_special_tokens=False, truncation=True, max_length=max_tokens - 1).input_ids
+        length = self.max_tokens - 1
+        rows = self.tokenizer(captions, add_special_tokens=False, truncation=True, max_length=length).input_ids
         length = max(map(len, rows)) + 1
         padded = [row + [self.end_token_id] + [self.pad_token_id] * (length - len(row) - 1) for row in rows]
         return torch.tensor(padded, device=next(self.parameters()).device)
@@ -184,6 +187,7 @@ class Blip(Captioner):
         self.label_smoothing = label_smoothing
         prefix = [self.begin_token_id, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
+        self.max_tokens = min(self.max_tokens, text.max_position_embeddings - len(prefix) + 1)
         mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)

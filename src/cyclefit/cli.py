@@ -1,5 +1,6 @@
 """The command line: LightningCLI, bare config names, one run in one folder."""
 
+import errno
 import json
 import math
 import os
@@ -230,7 +231,7 @@ class RunCLI(LightningCLI):
                 rank_zero_warn(f"{passed_over}; continuing from {path}")
         elif self.ckpt_path and not Path(self.ckpt_path).exists():
             raise UserError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
-        if not self.ckpt_path and (self.folder / "config.yaml").exists() and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if not self.ckpt_path and (self.folder / "config.yaml").exists() and rank_zero_only.rank == 0:
             raise UserError(
                 f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
                 "delete it"
@@ -255,7 +256,6 @@ class RunCLI(LightningCLI):
         return [RichProgressBar()] if self.config.trainer.enable_progress_bar in (None, True) else []
 
     def _wandb(self) -> WandbLogger:
-        import wandb
         from wandb.sdk.lib.runid import generate_id
 
         remembered = self.folder / "wandb_id.txt"
@@ -263,7 +263,7 @@ class RunCLI(LightningCLI):
             run_id = remembered.read_text().strip()
         else:
             run_id = generate_id()
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if rank_zero_only.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 remembered.write_text(run_id + "\n")
         return WandbLogger(
@@ -272,9 +272,22 @@ class RunCLI(LightningCLI):
             id=run_id,
             project=os.environ.get("WANDB_PROJECT", "cyclefit"),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline"),
+            mode=os.environ.get("WANDB_MODE") or self._reachable(),
             group=self.config.group,
         )
+
+    def _reachable(self) -> str:
+        """`online` where somebody is logged in and W&B answers, else `offline`."""
+        import wandb
+
+        try:
+            return "online" if rank_zero_only.rank == 0 and wandb.login(prompt=False) else "offline"
+        except wandb.Error as error:
+            rank_zero_warn(
+                f"W&B cannot be reached ({error}): this run is logged offline; send it later with "
+                f"`wandb sync {self.folder}/wandb/offline-run-*`"
+            )
+            return "offline"
 
 
 def train(arguments: list[str]) -> int:
@@ -310,16 +323,20 @@ def run(function) -> None:
     """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
     try:
         sys.exit(function(sys.argv[1:]))
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        mistake = error if isinstance(error, FileNotFoundError) else _mistake_behind(error)
+    except (ValueError, TypeError, OSError) as error:
+        mistake = _mistake_behind(error)
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
 
 
-def _mistake_behind(error: BaseException | None) -> UserError | None:
+def _mistake_behind(error: BaseException | None) -> BaseException | str | None:
+    if isinstance(error, FileNotFoundError):
+        return error
     # jsonargparse wraps what a constructor raises in its own account of the types that were tried.
     while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            return f"{error.filename or 'writing'}: {error.strerror}; make room there, or choose another --runs"
         error = error.__cause__ or error.__context__
     return error

@@ -38,6 +38,7 @@ class Finetune(L.LightningModule, ABC):
         self.seed = seed
         self._samples: list[tuple[Tensor, Tensor | None, str, float]] = []
         self._watched: list[tuple[int, list[str], Tensor]] = []
+        self._sound: list[str] = []
         # The frozen models are not in the checkpoint; `load_state_dict` checks that all the rest is.
         self.strict_loading = False
 
@@ -129,17 +130,18 @@ class Finetune(L.LightningModule, ABC):
             UserError: a loss was not finite; the message names the step and the samples.
 
         """
-        watched, self._watched = self._watched, []
+        before, watched, self._watched = self._sound, self._watched, []
         if not watched or torch.cat([finite for _, _, finite in watched]).all():
+            self._sound = watched[-1][1] if watched else before
             return
         lost = next(i for i, (_, _, finite) in enumerate(watched) if not finite.all())
         step, keys, finite = watched[lost]
         samples = [key for key, fine in zip(keys, finite.tolist(), strict=True) if not fine]
-        before = (
-            f", or those of the step before: {', '.join(watched[lost - 1][1])}" if lost and not finite.any() else ""
-        )
+        before = watched[lost - 1][1] if lost else before
+        # Where every loss is lost, so are the weights perhaps.
+        suspects = f", or those of the step before: {', '.join(before)}" if before and not finite.any() else ""
         raise UserError(
-            f"the loss is not finite at step {step}; samples: {', '.join(samples)}{before}. The last "
+            f"the loss is not finite at step {step}; samples: {', '.join(samples)}{suspects}. The last "
             "checkpoint is older: take them out or lower the learning rate, and continue with --ckpt_path last"
         )
 

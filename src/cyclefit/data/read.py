@@ -613,7 +613,7 @@ def evaluation_batches(
 
     Raises:
         FileNotFoundError: a shard or pattern leads to nothing.
-        UserError: more than `max_bad_fraction` of the samples cannot be used, or there are none.
+        UserError: more than `max_bad_fraction` of the samples cannot be used, or there are none, or a key comes twice.
 
     """
     _positive(image_size=image_size, batch_size=batch_size, limit=limit, world_size=world_size)
@@ -628,7 +628,19 @@ def evaluation_batches(
         world_size=world_size,
         num_workers=num_workers,
     )
-    return _read(stream, num_workers, bad if bad is not None else Bad(max_bad_fraction))
+    return _unique(_read(stream, num_workers, bad if bad is not None else Bad(max_bad_fraction)), shards)
+
+
+def _unique(batches: Iterator[Batch], shards: str | list[str]) -> Iterator[Batch]:
+    seen: set[str] = set()
+    for batch in batches:
+        if twice := next((key for key, times in Counter(batch.keys).items() if times > 1 or key in seen), None):
+            raise UserError(
+                f"key {twice} comes twice in {shards}: results are kept by key, so keys must be unique; pack the data "
+                "again with `python -m cyclefit.data pack`, which names what it leaves out."
+            )
+        seen.update(batch.keys)
+        yield batch
 
 
 class ShardData(L.LightningDataModule):

@@ -1,0 +1,191 @@
+"""What goes wrong outside: broken data, lost losses, signals, disks and networks; docs/faults.md lists it."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from cyclefit import UserError
+from cyclefit.captioners import Captioner
+from cyclefit.data import evaluation_batches
+from cyclefit.data.read import Bad
+from tests.conftest import ROOT
+from tests.probes import ENVIRONMENT, command, ended
+from tests.test_data_read import captions, encoded, tar
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Every fault of data at once, beside as many good samples."""
+    folder, good = tmp_path / "broken", encoded((9, 90, 200), (32, 32))
+    folder.mkdir()
+    for shard in range(4):
+        entries = {}
+        for i in range(20):
+            entries[f"s{shard}_{i}.png"] = encoded((50 * shard, 12 * i, 0), (32, 32))
+            entries[f"s{shard}_{i}.json"] = captions(f"a picture {i} of shard {shard}")
+        tar(folder / f"good{shard}.tar", entries)
+    whole = (folder / "good0.tar").read_bytes()
+    (folder / "truncated.tar").write_bytes(whole[:3000])
+    (folder / "gzip.tar").write_bytes(gzip.compress(whole)[:900])
+    (folder / "zero.tar").write_bytes(b"")
+    tar(folder / "empty.tar", {})
+    tar(
+        folder / "samples.tar",
+        {
+            "captionless.png": good,
+            "imageless.json": captions("no picture"),
+            "zero.png": b"",
+            "zero.json": captions("a picture of no bytes"),
+            "huge.png": encoded((1, 2, 3), (10_000, 10_000)),
+            "huge.json": captions("a picture of a hundred megapixels"),
+            "long.png": good,
+            "long.json": captions("word " * 10_000),
+            "twice.png": good,
+            "twice.json": captions("the first of two of one name"),
+        },
+    )
+    tar(folder / "twice.tar", {"twice.png": good, "twice.json": captions("the second of two of one name")})
+    return folder
+
+
+def test_training_goes_through_broken_data(broken, launch, caplog):
+    """Both models learn from it, captions of 10,000 words are cut; a shard goes away in mid-run."""
+    removal = ["--trainer.callbacks+=tests.probes.Remove", f"--trainer.callbacks.path={broken / 'good3.tar'}"]
+    run = launch(
+        "miniature_cycle_both.yaml", "run", f"--data.train={broken}", "--data.max_bad_fraction=0.5", *removal,
+        "--trainer.callbacks.step=2", "--data.epoch_size=160", "--model.image_cycle.num_images=4", steps=14,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert len(losses) == 14
+    assert all(loss == loss for loss in losses)
+    reasons = {"truncated shard", "unreadable shard", "no caption", "no image", "empty image", "pixel limit"}
+    missed = {reason for reason in reasons if reason not in caplog.text}
+    assert not missed
+    assert "good3.tar" in caplog.text
+
+
+def test_evaluation_counts_what_is_broken_and_takes_no_key_twice(broken):
+    def read(bad):
+        return list(evaluation_batches(str(broken), image_size=32, batch_size=8, max_bad_fraction=0.5, bad=bad))
+
+    for name in ("truncated", "gzip"):  # copies of another shard
+        (broken / f"{name}.tar").unlink()
+    with pytest.raises(UserError, match="key twice comes twice"):
+        read(Bad(0.5))
+    (broken / "twice.tar").unlink()
+    bad = Bad(0.5)
+    keys = [key for batch in read(bad) for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 82
+    assert {"long", "twice"} < set(keys)
+    expected = ("no caption", "no image", "empty image", "above PIL's pixel limit", "unreadable shard")
+    assert bad.reasons == dict.fromkeys(expected, 1)
+
+
+@pytest.mark.parametrize("config", ["miniature_blip.yaml", "miniature_sd_lora.yaml"])
+def test_weights_that_are_lost_stop_the_run_before_they_are_saved(config, launch, tmp_path):
+    """A learning rate that is far too high: the loss is lost for every sample at once."""
+    with pytest.raises(
+        UserError, match=r"not finite at step \d+; samples: ([\w-]+, ){7}[\w-]+, or those of the step before"
+    ):
+        launch(config, "run", "--model.optimizer.lr=1e30", "--model.warmup_steps=2", steps=6)
+    for path in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_a_sample_whose_loss_is_lost_is_named(launch, tmp_path, monkeypatch):
+    losses, seen = Captioner.loss_of, []
+
+    def spoiled(self, logits, tokens):
+        values = losses(self, logits, tokens)
+        seen.append(len(values))
+        return torch.where(torch.arange(len(values)) == 3, torch.nan, 1.0) * values if len(seen) == 4 else values
+
+    monkeypatch.setattr(Captioner, "loss_of", spoiled)
+    with pytest.raises(UserError, match=r"not finite at step 3; samples: [\w-]+\. The last"):
+        launch("miniature_blip.yaml", "run", "--trainer.log_every_n_steps=5", steps=8)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def started(tmp_path, world, *more, **environment):
+    """A long run that has taken its first step."""
+    process = subprocess.Popen(
+        command("miniature_blip.yaml", tmp_path, "run", world, "--trainer.max_steps=100000", *more), cwd=ROOT,
+        env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    return process
+
+
+def finished(process):
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_ends(ranks, tmp_path, world):
+    """On two ranks only one of them is told."""
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"] if ranks == 2 else []
+    process = started(tmp_path, world, *two)
+    os.kill(process.pid, signal.SIGTERM)
+    said = finished(process)
+    assert process.returncode == 128 + signal.SIGTERM, said[-3000:]
+    step = int(re.search(r"stopped at step (\d+), saved", said)[1])
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == step >= 1
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, world):
+    """In a step that takes for ever; the checkpoint before stays whole."""
+    accident = ["--trainer.callbacks+=tests.probes.Sleep", "--trainer.callbacks.step=3"]
+    every = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    process = started(tmp_path, world, *accident, *every)
+    for line in process.stdout:
+        if "sleeping" in line:
+            break
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(1)
+    said = finished(process)
+    assert process.returncode not in (0, None), said[-3000:]
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_wandb_that_does_not_answer_is_said_and_logged_offline(tmp_path, world, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_API_KEY", "a" * 40)
+    monkeypatch.setitem(ENVIRONMENT, "WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delitem(ENVIRONMENT, "WANDB_MODE")
+    settings = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=null"]
+    done = ended(command("miniature_blip.yaml", tmp_path, "run", world, *settings))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "W&B cannot be reached" in done.stdout
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(tmp_path, world):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system that is read-only")
+    try:
+        done = ended(command("miniature_blip.yaml", folder, "run", world, "--trainer.max_steps=2"))
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert re.fullmatch(r"error: .*disk/run: Read-only file system; .*--runs", done.stdout.splitlines()[-1])
+    assert "Traceback" not in done.stdout
