@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -64,7 +65,7 @@ class JsonlLogger(Logger):
     def __init__(self, folder: Path):
         super().__init__()
         self.folder = folder
-        self._first = True
+        self.started = {"started": round(time.time(), 3)}
 
     @property
     def name(self) -> str:
@@ -88,17 +89,22 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends one line; before the first one, drops those that a killed run wrote of this step and later ones."""
+        """Appends one line.
+
+        The first one of a process says when that began, and takes the place of what a killed run wrote of its step and
+        later ones.
+        """
         path = self.folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self._first and path.exists():
+        if self.started and path.exists():
             kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) < (step or 0)]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(path)
-        self._first = False
         with path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+            row = {"step": step, "time": round(time.time(), 3), **self.started, **metrics}
+            file.write(json.dumps(row) + "\n")
+        self.started = {}
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """The run's `config.yaml` holds them."""
@@ -123,7 +129,12 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder and hands the same to W&B; rank 0 only."""
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Logs the nested configuration."""
+        """Writes the file whole or not at all, and logs the nested configuration."""
+        path = Path(trainer.default_root_dir) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(self.parser.dump(self.config, skip_none=False))
+        partial.replace(path)
         config = self.parser.dump(self.config, format="json", skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -145,11 +156,16 @@ class LastCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
-        """Saves where the last time is long ago."""
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            due = time.monotonic() - self._saved_at > self.interval
-            if trainer.strategy.reduce_boolean_decision(due, all=False):
-                self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.filename}.ckpt"))
+        """Saves where the last time is long ago, and where the fit is asked to stop.
+
+        Once it has ended, Lightning counts the epoch as complete.
+        """
+        due = trainer.should_stop
+        if not due and (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            late = time.monotonic() - self._saved_at > self.interval
+            due = trainer.strategy.reduce_boolean_decision(late, all=False)
+        if due:
+            self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.filename}.ckpt"))
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -163,48 +179,56 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class StopOnSignal(Callback):
-    """Ctrl-C or SIGTERM ends the fit after the step at hand, with a checkpoint; a second one ends it at once.
+    """A signal ends the fit after the optimizer step at hand, with a checkpoint.
 
-    On several ranks the signal may reach one of them, or all in different steps: they agree at every logging step.
+    SIGINT, where a second one ends it at once; SIGUSR1, which Slurm sends before the time limit; SIGTERM, its signal
+    of preemption. It may reach one rank of several, or all in different steps: they agree in logging steps, so that no
+    other step waits for the device. `received` is the signal's number, 0 for none.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
     def __init__(self):
-        self.stopped: int | None = None
-        """The signal that ended the fit."""
+        self.received = 0
+        self._agreed = 0
         self._before: dict[int, object] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the signals."""
+        """Takes over the signals; Lightning's own handler of SIGTERM broadcasts amid the collectives of a step."""
+        self.trainer = trainer
         self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
 
     def _stop(self, number: int, _) -> None:
-        self.stopped = number
-        self._give_back()
-        rank_zero_info("\nstopping after this step; the same signal again stops at once")
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            # A second SIGTERM is to end the process, not to be noted by Lightning.
-            signal.signal(number, handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(number, self._before[number])
+        elif number == signal.SIGTERM:
+            # Slurm sends it to all processes of a job, so W&B's own has ended too, and logging to it raises.
+            self.trainer.loggers = [x for x in self.trainer.loggers if not isinstance(x, WandbLogger)]
+        rank_zero_info("\nstopping after this step" + "; Ctrl-C again to stop at once" * (number == signal.SIGINT))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
         """Ends the fit where it was asked for; the checkpoint is written as at any end."""
         if trainer.world_size == 1:
-            trainer.should_stop = trainer.should_stop or self.stopped is not None
+            self._agreed = self.received
         elif (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            number = torch.tensor(self.stopped or 0, device=pl_module.device)
-            self.stopped = int(trainer.strategy.reduce(number, reduce_op="max")) or None
-            trainer.should_stop = trainer.should_stop or self.stopped is not None
+            number = torch.tensor(self.received, device=pl_module.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self._agreed = self.received = int(number)
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if self._agreed and stepped:
+            if not trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+                trainer.limit_val_batches = 0  # Lightning validates wherever a fit is stopped; there may be no time
+            trainer.should_stop = True
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Gives the signals back."""
-        self._give_back()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Gives the signals back."""
-        self._give_back()
+        self.on_fit_end(trainer, pl_module)
 
 
 class RunCLI(LightningCLI):
@@ -214,7 +238,7 @@ class RunCLI(LightningCLI):
         """What a run is called, where runs lie, and what it continues from."""
         parser.add_argument("--name", type=str, help="the run's name: everything it writes is in RUNS/NAME")
         parser.add_argument("--runs", type=str, default="runs", help="the folder of all runs")
-        parser.add_argument("--ckpt_path", type=str | None, help="`last`, or a file, to continue a run")
+        parser.add_argument("--ckpt_path", type=str | None, help="what to continue from: `last`, `auto`, a file")
         parser.add_argument("--group", type=str | None, help="the W&B group of this run")
 
     def before_instantiate_classes(self) -> None:
@@ -224,6 +248,8 @@ class RunCLI(LightningCLI):
             raise UserError("the run has no name: add `name: ...` to the config or --name NAME")
         self.folder = Path(config.runs) / config.name
         self.ckpt_path = config.ckpt_path
+        if self.ckpt_path == "auto":  # `last`, or from the start where nothing was saved yet
+            self.ckpt_path = "last" if list((self.folder / "checkpoints").glob("*.ckpt")) else None
         if self.ckpt_path == "last":
             path, passed_over = newest(self.folder)
             self.ckpt_path = str(path)
@@ -231,12 +257,11 @@ class RunCLI(LightningCLI):
                 rank_zero_warn(f"{passed_over}; continuing from {path}")
         elif self.ckpt_path and not Path(self.ckpt_path).exists():
             raise UserError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
-        if not self.ckpt_path and (self.folder / "config.yaml").exists() and rank_zero_only.rank == 0:
+        if not config.ckpt_path and (self.folder / "config.yaml").exists() and rank_zero_only.rank == 0:
             raise UserError(
                 f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
                 "delete it"
             )
-        self.save_config_kwargs["overwrite"] = bool(self.ckpt_path)
         config.trainer.default_root_dir = str(self.folder)
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
@@ -250,6 +275,9 @@ class RunCLI(LightningCLI):
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), last, *self._progress()]
         kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         return super().instantiate_trainer(**kwargs)
 
     def _progress(self) -> list[Callback]:
@@ -259,10 +287,9 @@ class RunCLI(LightningCLI):
         from wandb.sdk.lib.runid import generate_id
 
         remembered = self.folder / "wandb_id.txt"
-        if remembered.exists():
-            run_id = remembered.read_text().strip()
-        else:
-            run_id = generate_id()
+        run_id = remembered.read_text().strip() if remembered.exists() else ""
+        if not run_id:
+            run_id = os.environ.get("WANDB_RUN_ID") or generate_id()  # an agent of a sweep gives its own
             if rank_zero_only.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 remembered.write_text(run_id + "\n")
@@ -291,7 +318,7 @@ class RunCLI(LightningCLI):
 
 
 def train(arguments: list[str]) -> int:
-    """Trains as the config says; returns the exit status: 130 after Ctrl-C."""
+    """Trains as the config says; returns the exit status: 128 + n after signal n, as a shell has it."""
     # Lightning relaunches sys.argv for further processes: names are resolved in place.
     sys.argv[1:] = resolve_configs(arguments)
     torch.set_float32_matmul_precision("high")
@@ -304,17 +331,17 @@ def train(arguments: list[str]) -> int:
         subclass_mode_model=True,
         auto_configure_optimizers=False,
         save_config_callback=SaveRunConfig,
-        save_config_kwargs={"overwrite": False},
+        save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         trainer_defaults={},
         run=False,
     )
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
-    if cli.stop.stopped:
+    if cli.stop.received:
         command = " ".join(["python", *sys.argv])
         again = "" if "--ckpt_path" in command else " --ckpt_path last"
         rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {command}{again}")
-        return 128 + cli.stop.stopped
+        return 128 + cli.stop.received
     rank_zero_info(f"finished: {cli.folder}")
     return 0
 

@@ -495,9 +495,12 @@ class _EvaluationStream(IterableDataset):
         yield decoder.batch(parts)
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the fit ends in its own time and still needs its batches.
+def _outlast_signals(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, Slurm's signals every process of a job; the fit ends in its own time
+    # and still needs its batches. SIGTERM is also how the loader ends a worker that hangs: it does so with delay.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _read(stream: IterableDataset, num_workers: int, bad: Bad) -> Iterator[Batch]:
@@ -508,7 +511,7 @@ def _read(stream: IterableDataset, num_workers: int, bad: Bad) -> Iterator[Batch
         batch_size=None,
         num_workers=num_workers,
         generator=torch.Generator(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_outlast_signals,
     )
     for batch, report in loader:
         bad.add(report.seen, report.records, warn=True)

@@ -430,9 +430,9 @@ def _cell(value: float | None, text: str) -> str:
 
 
 def _main_table(rows: list[dict], models: dict[str, dict], split: str, kind: Kind) -> str:
+    """What needs no scorer and the costs in one table; the same columns under each scorer in one of its own."""
     if not rows:
         return ""
-    metrics = metric_names(rows)
     costs = [
         (name, header)
         for name, header in (
@@ -442,9 +442,32 @@ def _main_table(rows: list[dict], models: dict[str, dict], split: str, kind: Kin
         )
         if any(row.get(name) is not None for row in rows)
     ]
-    names = [name for name in ("decoding", "selection") if any(row[name] for row in rows)]
     order = list(models)
     rows = sorted(rows, key=lambda row: order.index(row["model"]))
+    groups: dict[str, list[str]] = {"": []}
+    for metric in metric_names(rows):
+        groups.setdefault(_scorer(metric), []).append(metric)
+    scaled = list(dict.fromkeys(m.split(" (")[0] for metrics in groups.values() for m in metrics if scale(m) == 100))
+    how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
+    how += ", oracle rows (italic) aside, which choose with the references in hand. "
+    how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
+    how += f"Calls and seconds are per {kind.item}. " if costs else ""
+    how += "A click on a header sorts."
+    parts = [f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>']
+    for scorer, metrics in groups.items():
+        shown = [] if scorer else costs
+        if metrics or shown:
+            parts += [f"<h4>Under {escape(scorer)}</h4>"] * bool(scorer) + [_rows(rows, models, metrics, shown)]
+    return "\n".join(parts)
+
+
+def _scorer(metric: str) -> str:
+    """It stands in brackets behind a metric's name."""
+    return metric[metric.index(" (") + 2 : -1] if metric.endswith(")") and " (" in metric else ""
+
+
+def _rows(rows: list[dict], models: dict[str, dict], metrics: list[str], costs: list[tuple[str, str]]) -> str:
+    names = [name for name in ("decoding", "selection") if any(row[name] for row in rows)]
     best = {}
     for metric in metrics:
         values = [
@@ -471,16 +494,8 @@ def _main_table(rows: list[dict], models: dict[str, dict], split: str, kind: Kin
         cells += [_cell(row.get(name), _count(row.get(name))) for name, _ in costs]
         lines.append(f'<tr class="{" ".join(classes)}">{"".join(cells)}</tr>')
     headers = [(name, False) for name in ("model", *names)]
-    headers += [(metric, True) for metric in metrics] + [(header, True) for _, header in costs]
-    scaled = [metric for metric in metrics if scale(metric) == 100]
-    how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
-    how += ", oracle rows (italic) aside, which choose with the references in hand. "
-    how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
-    how += f"Calls and seconds are per {kind.item}. " if costs else ""
-    how += "A click on a header sorts."
-    return f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>' + _table(
-        headers, lines
-    )
+    headers += [(metric.split(" (")[0], True) for metric in metrics] + [(header, True) for _, header in costs]
+    return _table(headers, lines)
 
 
 def _differences(differences: list[dict]) -> str:
