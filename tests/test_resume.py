@@ -51,6 +51,7 @@ def saved_step(run: Path) -> int:
     return torch.load(newest(run)[0], weights_only=True)["global_step"]
 
 
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("processes", "kills"), [(1, 14), (2, 7)])
 def test_killed_again_and_again_it_ends_bit_identical(processes, kills, tmp_path, world):
     """SIGKILL once at each place, then to all processes at random moments; each time it is continued."""
