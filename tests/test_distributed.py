@@ -9,6 +9,7 @@ import torch
 
 from cyclefit import cli
 from cyclefit.batch import Batch
+from cyclefit.finetune import CaptionerFinetune
 from tests.conftest import ROOT
 from tests.probes import command, ended
 from tests.test_data_read import captions, encoded, tar
@@ -36,12 +37,15 @@ def micro_batches(model, record, steps):
     if isinstance(configured, dict):
         configured = [configured["optimizer"]], [configured["lr_scheduler"]["scheduler"]]
     optimizers, schedulers = configured
-    keys = []
+    keys, captioning = [], getattr(model, "captioning", model)
     for step in range(steps):
         batches = [Batch(**torch.load(record / f"batch-{r}-{step}.pt", weights_only=True)) for r in range(2)]
         keys.append([batch.keys for batch in batches])
         turn = step % len(optimizers)
         optimizers[turn].zero_grad()
+        # All ranks' tokens count alike: the reference has to know the others' lengths too.
+        lengths = [captioning.captioner.mask(captioning.captioner.tokenize(b.captions)).sum(1).mean() for b in batches]
+        captioning.over_ranks = lambda _, lengths=lengths: torch.stack(lengths).mean()
         for rank, batch in enumerate(batches):
             at.update(rank=rank, step=step)
             loss = model.objective(batch, model.step_seeds(step, len(batch)))[0]
@@ -79,6 +83,29 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(config, tmp_p
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(weights[0][name], tensor, atol=2e-6, rtol=1e-4)
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights[0].items())
+
+
+def test_two_ranks_learn_what_one_learns_with_twice_the_batch(tmp_path, world, monkeypatch, launch):
+    """The language loss, over captions of unequal length."""
+    record, steps = tmp_path / "record", 3
+    settings = [*SGD, "--data.epoch_size=48", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
+    callback = ["--trainer.callbacks+=tests.probes.Record", f"--trainer.callbacks.folder={record}"]
+    done = ended(command("miniature_blip.yaml", tmp_path, "two", world, *TWO, *settings, *callback))
+    assert done.returncode == 0, done.stdout[-3000:]
+
+    def double(self, batch, batch_idx):
+        halves = [torch.load(record / f"batch-{r}-{batch_idx}.pt", weights_only=True) for r in range(2)]
+        images = torch.cat([half["images"] for half in halves])
+        both = Batch(images, *([*halves[0][k], *halves[1][k]] for k in ("captions", "references", "keys")))
+        return step(self, both, batch_idx)
+
+    step = CaptionerFinetune.training_step
+    monkeypatch.setattr(CaptionerFinetune, "training_step", double)
+    run = launch("miniature_blip.yaml", "one", *settings, "--trainer.check_val_every_n_epoch=null", steps=steps)
+    expected = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    weights = torch.load(record / "weights-0.pt", weights_only=True)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-6, rtol=1e-4)
 
 
 def two_shards(folder, second):

@@ -193,10 +193,15 @@ class StopOnSignal(Callback):
         self._agreed = 0
         self._before: dict[int, object] = {}
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remembers who had the signals."""
+        self.trainer = trainer
+        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes over the signals; Lightning's own handler of SIGTERM broadcasts amid the collectives of a step."""
-        self.trainer = trainer
-        self._before = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+        for number in self.SIGNALS:
+            signal.signal(number, self._stop)
 
     def _stop(self, number: int, _) -> None:
         self.received = number

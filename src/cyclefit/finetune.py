@@ -114,6 +114,13 @@ class Finetune(L.LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in logs.items()}, batch_size=len(batch))
         return loss
 
+    def over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a number over all ranks, without gradient; the host does not wait for it."""
+        value, ranks = value.detach().clone(), self.trainer.world_size
+        if ranks > 1:
+            torch.distributed.all_reduce(value)
+        return value / ranks
+
     def watch(self, keys: list[str], losses: list[Float[Tensor, "m"]]) -> None:
         """Notes which samples' losses are finite, without waiting for the device; looks at them at logging steps."""
         finite = torch.ones(len(keys), dtype=torch.bool, device=losses[0].device)
@@ -249,6 +256,9 @@ class CaptionerFinetune(Finetune):
         tokens = self.captioner.tokenize(batch.captions)
         logits = self.captioner.logits(features, tokens)
         losses = self.captioner.loss_of(logits, tokens)
+        # The mean over all ranks' tokens, whichever rank has the long captions.
+        length = self.captioner.mask(tokens).sum(1).mean()
+        losses = losses * (length / self.over_ranks(length))
         loss = language = losses.mean()
         logs, parts = {"lm": language.detach()}, [losses]
         if self.cycle is not None:
@@ -298,7 +308,7 @@ class GeneratorFinetune(Finetune):
         snr_gamma: min-SNR weight of the denoising loss; None weighs all timesteps alike.
         caption_dropout: share of captions emptied for the denoising loss, which keeps guidance working.
         ema_decay: validation, evaluation and export use this moving average of the trained parameters; None for none.
-        validation_images: prompts drawn at validation.
+        validation_images: prompts drawn at validation; 0 for none.
         seed: of everything random in a step.
 
     """
@@ -340,6 +350,8 @@ class GeneratorFinetune(Finetune):
     @property
     def monitor(self) -> str | None:
         """CIDEr of what the captioner says of the drawn images, or what comes nearest."""
+        if not self.validation_images:
+            return None
         if self.captioner is not None:
             return "val/CIDEr"
         return f"val/image_similarity/{next(iter(self.scorers))}" if self.scorers else None
@@ -434,6 +446,10 @@ class GeneratorFinetune(Finetune):
 
     def validation_results(self) -> dict[str, Tensor]:
         """Similarities by every scorer, the captioner's NLL of the prompts, metrics of its captions."""
+        if self.ema is not None:
+            self.ema.restore(list(self.trained.values()))
+        if not self.validation_images:
+            return {}
         results = {name: mean.compute() for name, mean in self.means.items()}
         for mean in self.means.values():
             mean.reset()
@@ -442,8 +458,6 @@ class GeneratorFinetune(Finetune):
             self.caption_metrics.reset()
             results |= {name: scores[name] for name in ("CIDEr", "BLEU-4")}
         self._seen = 0
-        if self.ema is not None:
-            self.ema.restore(list(self.trained.values()))
         return results
 
 
