@@ -26,9 +26,16 @@ from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
 from cyclefit.runs import newest, write_checkpoint
 
-# What `auto` means on several devices: a rank that waits this long for another one gives up with an error.
+# What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
+# constants of the models and are not sent in every step.
 StrategyRegistry.register(
-    "ddp", DDPStrategy, "DDP", override=True, find_unused_parameters=False, timeout=timedelta(minutes=10)
+    "ddp",
+    DDPStrategy,
+    "DDP",
+    override=True,
+    find_unused_parameters=False,
+    broadcast_buffers=False,
+    timeout=timedelta(minutes=10),
 )
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
