@@ -52,6 +52,17 @@ def measured(folder: Path, split: str) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+def reranked(metrics: dict) -> list[str]:
+    """The base model's best of ten by each judge, as lines of a Markdown table."""
+    lines = ["The base model's best of ten:", "", "| split | kept by | " + " | ".join(MEASURES) + " | denoiser calls |"]
+    lines += ["| --- " * (len(MEASURES) + 3) + "|"]
+    for split, result in metrics["splits"].items():
+        for row in (row for row in result["rows"] if row["model"] == "base" and row["selection"] != "single"):
+            values = (f"{k * row['metrics'][name]['value']:.{n}f}" for name, (k, n) in MEASURES.items())
+            lines.append(f"| {split} | {row['selection']} | {' | '.join(values)} | {row['denoiser_calls']:.0f} |")
+    return lines
+
+
 def main() -> None:
     """Runs the study and writes `table.md` into --out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
@@ -117,6 +128,7 @@ def main() -> None:
             lines.append(f"| {name} | {weight} | {' | '.join(cells)} | {spent} |")
             if changes:
                 lines.append(f"| | | {' | '.join(changes)} | |")
+    lines += ["", *reranked(json.loads((folder / "metrics.json").read_text()))]
     lines += ["", "CIDEr of the image's caption on validation by weight, one seed of its own:", ""]
     lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
               for name, found in choices.items()]  # fmt: skip
