@@ -73,13 +73,15 @@ def test_training_goes_through_broken_data(broken, launch, caplog):
 
 
 def test_evaluation_counts_what_is_broken_and_takes_no_key_twice(broken):
-    def read(bad):
-        return list(evaluation_batches(str(broken), image_size=32, batch_size=8, max_bad_fraction=0.5, bad=bad))
+    def read(bad, batch_size=8):
+        settings = {"image_size": 32, "batch_size": batch_size, "max_bad_fraction": 0.5, "bad": bad}
+        return list(evaluation_batches(str(broken), **settings))
 
     for name in ("truncated", "gzip"):  # copies of another shard
         (broken / f"{name}.tar").unlink()
-    with pytest.raises(UserError, match="key twice comes twice"):
-        read(Bad(0.5))
+    for batch_size in (1, 100):
+        with pytest.raises(UserError, match="key twice comes twice"):
+            read(Bad(0.5), batch_size)
     (broken / "twice.tar").unlink()
     bad = Bad(0.5)
     keys = [key for batch in read(bad) for key in batch.keys]
@@ -113,6 +115,13 @@ def test_a_sample_whose_loss_is_lost_is_named(launch, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"not finite at step 3; samples: [\w-]+\. The last"):
         launch("miniature_blip.yaml", "run", "--trainer.log_every_n_steps=5", steps=8)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_what_is_lost_after_the_last_look_is_not_saved(launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(Captioner, "loss_of", lambda self, logits, tokens: logits.mean((1, 2)) * torch.nan)
+    with pytest.raises(UserError, match="not finite at step 0"):
+        launch("miniature_blip.yaml", "run", "--trainer.log_every_n_steps=50", "--trainer.limit_val_batches=0", steps=3)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
 
 
 def started(tmp_path, world, *more, **environment):

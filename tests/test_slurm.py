@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,9 +98,10 @@ def test_accumulated_gradients_are_not_lost(launch):
 
 
 def test_auto_starts_where_nothing_was_saved(launch, tmp_path):
-    """As after a kill before the first checkpoint: the folder and half a file are there."""
+    """As after a kill between the first `best.ckpt` and `last.ckpt`: the folder and half a file are there."""
     run = tmp_path / "killed"
-    run.mkdir()
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "best.ckpt").touch()
     (run / "config.yaml").write_text("name: ki")
     (run / "wandb_id.txt").touch()
     arguments = [f"--runs={tmp_path}", "--trainer.max_steps=1"]
@@ -194,6 +196,14 @@ def wandb_ids(run):
     return {
         path.name.removeprefix("run-").removesuffix(".wandb") for path in run.glob("wandb/offline-run-*/run-*.wandb")
     }
+
+
+def test_only_the_first_rank_names_the_wandb_run(tmp_path, monkeypatch):
+    config = SimpleNamespace(name="run", group=None)
+    for rank in (1, 0):
+        monkeypatch.setattr(cli.rank_zero_only, "rank", rank)
+        cli.RunCLI._wandb(SimpleNamespace(folder=tmp_path, config=config, _reachable=lambda: "offline"))
+        assert (tmp_path / "wandb_id.txt").exists() == (rank == 0)
 
 
 def test_wandb_sweep(project):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -5,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from cyclefit import cli
+from cyclefit.finetune import Finetune
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -338,3 +341,12 @@ def test_wandb_gets_one_run_with_the_configuration(launch, monkeypatch):
     assert {path.name for path in logs} == {f"run-{identifier}.wandb"}
     assert any(b"captioner" in path.read_bytes() for path in logs)
     assert list((run / "wandb").rglob("media/images/val/*.png"))
+
+
+def test_ranks_and_steps_have_noise_of_their_own():
+    def seeds(epoch, step, rank):
+        return tuple(Finetune.step_seeds(SimpleNamespace(seed=0, current_epoch=epoch, global_rank=rank), step, 2))
+
+    places = list(itertools.product(range(2), repeat=3))
+    assert len({seed for place in places for seed in seeds(*place)}) == 2 * len(places)
+    assert seeds(0, 1, 1) == seeds(0, 1, 1)

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
-from cyclefit.runs import newest, write_checkpoint
+from cyclefit.runs import newest, saved, write_checkpoint
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
 # constants of the models and are not sent in every step.
@@ -261,7 +261,7 @@ class RunCLI(LightningCLI):
         self.folder = Path(config.runs) / config.name
         self.ckpt_path = config.ckpt_path
         if self.ckpt_path == "auto":  # `last`, or from the start where nothing was saved yet
-            self.ckpt_path = "last" if list((self.folder / "checkpoints").glob("*.ckpt")) else None
+            self.ckpt_path = "last" if saved(self.folder) else None
         if self.ckpt_path == "last":
             path, passed_over = newest(self.folder)
             self.ckpt_path = str(path)

@@ -56,6 +56,12 @@ def damage(path: Path) -> str | None:
     return f"{broken} does not match its checksum" if broken else None
 
 
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints a run can continue from, the newest first."""
+    paths = [folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
+    return [path for path in paths if path.exists()]
+
+
 def newest(folder: Path) -> tuple[Path, str | None]:
     """A run's newest whole checkpoint, and what is wrong with a newer one that is passed over.
 
@@ -63,8 +69,7 @@ def newest(folder: Path) -> tuple[Path, str | None]:
         UserError: the run has saved none, or only damaged ones.
 
     """
-    found = [folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
-    found = [path for path in found if path.exists()]
+    found = saved(folder)
     if not found:
         raise UserError(
             f"there is no checkpoint {folder}/checkpoints/last.ckpt: leave out --ckpt_path to start the run"
