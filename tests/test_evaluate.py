@@ -124,7 +124,8 @@ def test_evaluation_end_to_end(assess, capsys):
         assert result["num_images"] == 24
         rows = {(r["model"], r["decoding"], r["selection"]): r for r in result["rows"]}
         single = {(m, d, "single") for m in metrics["models"] for d in ("greedy", "beam", "nucleus")}
-        picked = {("base", "nucleus", s) for s in (*evaluate.JUDGES, "oracle")}
+        judged = {*evaluate.JUDGES, "image cycle + image-text"}
+        picked = {("base", "nucleus", s) for s in (*judged, "oracle")}
         assert set(rows) == single | picked
         oracle = rows["base", "nucleus", "oracle"]["metrics"]["CIDEr"]["value"]
         assert all(oracle >= rows[k]["metrics"]["CIDEr"]["value"] for k in picked)
@@ -135,8 +136,13 @@ def test_evaluation_end_to_end(assess, capsys):
         assert 0 < cycle["generator_calls"] <= 3
         assert cycle["denoiser_calls"] == pytest.approx(4 * cycle["generator_calls"], abs=0.5)
         assert rows["base", "nucleus", "image-text"]["denoiser_calls"] == 0
-        assert {c["selection"] for c in result["rank_curves"]} == set(evaluate.JUDGES)
+        assert {c["selection"] for c in result["rank_curves"]} == judged
         assert all([v["rank"] for v in c["values"]] == [1, 2, 3] for c in result["rank_curves"])
+        assert {(g["a"], g["b"]) for g in result["gains"]} == {
+            (f"base · {judge}", "base · nucleus") for judge in judged
+        }
+        assert {c["selection"] for c in result["count_curves"]} == {*judged, "oracle"}
+        assert all([v["n"] for v in c["values"]] == [1, 2, 3] for c in result["count_curves"])
         assert result["differences"][0]["a"] == "cycle · nucleus"
         assert result["differences"][0]["b"] == "plain · nucleus"
     rows = candidates(folder)

@@ -123,7 +123,8 @@ def test_evaluation_end_to_end(whole, capsys):
     assert metrics["kind"] == "images"
     result, rows = table(whole)
     assert result["num_images"] == PROMPTS
-    selections = ("single", "text cycle", "image-text", "oracle")
+    total = "text cycle + image-text"
+    selections = ("single", "text cycle", "image-text", total, "oracle")
     assert set(rows) == {("base", s) for s in selections} | {("plain", "single"), ("cycle", "single")}
     found = candidates(whole)
     assert len(found) == PROMPTS * (COUNT + 2)
@@ -133,6 +134,7 @@ def test_evaluation_end_to_end(whole, capsys):
         ("single", lambda row: -row["index"]),
         ("text cycle", lambda row: row["scores"]["text cycle"]),
         ("image-text", lambda row: row["scores"]["image-text"]),
+        (total, lambda row: row["scores"]["text cycle"] + row["scores"]["image-text"]),
         ("oracle", lambda row: row["metrics"]["image similarity (clip)"]),
     ):
         kept = [max((found["base", key, k] for k in range(COUNT)), key=score) for key in keys]
@@ -149,7 +151,7 @@ def test_evaluation_end_to_end(whole, capsys):
 
     curves = {(c["metric"], c["selection"]): c["values"] for c in result["rank_curves"]}
     measured = ("image similarity (clip-heldout)", "CIDEr")
-    assert set(curves) == {(m, s) for m in measured for s in ("text cycle", "image-text")}
+    assert set(curves) == {(m, s) for m in measured for s in ("text cycle", "image-text", total)}
     for (metric, selection), values in curves.items():
         assert [v["rank"] for v in values] == [1, 2, 3]
         assert values[0]["value"] == pytest.approx(rows["base", selection]["metrics"][metric]["value"])

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cyclefit import UserError
+from cyclefit.evaluate.analyses import correlations, count_curve, failures, gains, rank_curve
 from cyclefit.report import write_report
-from cyclefit.report.html import reading
+from cyclefit.report.tables import reading
 
 HOSTILE = '<script>alert("x")</script> & </article> $x$ {{title}} \u2028 "quoted"'
 MODELS = {
@@ -161,6 +162,26 @@ def write_evaluation(
                         "image": image,
                     }
                     lines.append(json.dumps(row))
+        samples_of = {
+            model: [[row for row in map(json.loads, lines) if (row["model"], row["key"]) == (model, key)][1:]
+                    for key in references] for model in MODELS
+        }  # fmt: skip
+        of = [(model, "image cycle", "CIDEr", pools) for model, pools in samples_of.items()]
+        chosen = {}
+        for model, pools in samples_of.items():
+            best = [max(pool, key=lambda row: row["scores"]["image cycle"]) for pool in pools]
+            chosen |= {f"{model} · image cycle": best, f"{model} · nucleus": [pool[0] for pool in pools]}
+        results["splits"][split] |= {
+            "gains": [
+                gain
+                for m in MODELS
+                for gain in gains(["CIDEr", "BLEU-4"], f"{m} · image cycle", f"{m} · nucleus", chosen)
+            ],
+            "count_curves": [count_curve(*arguments) for arguments in of],
+            "correlations": [correlations(*arguments) for arguments in of],
+            "failures": [failures(*of[0], count=3)],
+        }
+        results["splits"][split]["rank_curves"][0] |= {"trend": rank_curve(*of[0])["trend"]}
         (folder / f"candidates-{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
         (folder / f"references-{split}.json").write_text(json.dumps(references), encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(results), encoding="utf-8")
@@ -264,11 +285,9 @@ def test_both_directions_on_one_page(evaluation, tmp_path):
 
 def test_tables_show_the_numbers_of_the_json(evaluation):
     folder, results, page = evaluation
-    tables = Elements(page).tables
-    assert len(tables) == 4
-    for table, split in zip(tables[::2], results["splits"].values(), strict=True):
+    tables = [table for table in Elements(page).tables if table[0][:4] == ["model", "decoding", "selection", "CIDEr"]]
+    for table, split in zip(tables, results["splits"].values(), strict=True):
         header = table[0]
-        assert header[:4] == ["model", "decoding", "selection", "CIDEr"]
         assert len(table) == len(split["rows"]) + 1
         for shown, row in zip(table[1:], split["rows"], strict=True):
             assert shown[:3] == [row["model"], row["decoding"], row["selection"]]
@@ -313,8 +332,47 @@ def test_figures_are_on_disk_and_in_the_page(evaluation):
     for split in ("test", "novel"):
         assert {f"{split}-rank-CIDEr-image-cycle", f"{split}-comparison-BLEU-4"} <= stems
         assert f"{split}-score-CIDEr-image-cycle-cycle" in stems
-    assert page.count("<figure><svg") == len(stems)
-    assert all(path.stat().st_size > 1000 for path in (folder / "figures").iterdir())
+    assert {f"{split}-{name}" for split in ("test", "novel") for name in ("sorted", "counts-CIDEr-base")} <= stems
+    # For print only, the page has it as its gallery.
+    assert page.count("<figure><svg") == len(stems) - 2
+    assert all(path.stat().st_size > 1000 for path in (folder / "figures").iterdir() if path.suffix != ".csv")
+
+
+def test_figures_and_tables_have_their_data(evaluation):
+    folder, results, page = evaluation
+    content = results["splits"]["test"]
+
+    def rows(path):
+        with (folder / path).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    for stem in {path.stem for path in (folder / "figures").glob("*.svg")}:
+        assert rows(f"figures/{stem}.csv"), stem
+    curve = next(c for c in content["rank_curves"] if (c["model"], c["selection"]) == ("cycle", "image cycle"))
+    drawn = [row for row in rows("figures/test-rank-CIDEr-image-cycle.csv") if row["model"] == "cycle"]
+    assert [float(row["value"]) for row in drawn] == [entry["value"] for entry in curve["values"]]
+    bins = rows("figures/test-score-CIDEr-image-cycle-base.csv")
+    assert sum(int(row["candidates"]) for row in bins) == 12 * 5
+    assert [float(row["mean score"]) for row in bins] == sorted(float(row["mean score"]) for row in bins)
+    counts = [row for row in rows("figures/test-counts-CIDEr-base.csv") if row["selection"] == "image cycle"]
+    assert [int(row["n"]) for row in counts] == [1, 2, 4]
+
+    tables, text = Elements(page).tables, Elements(page).text
+    for name in ("gains", "correlations", "failures", "trends", "differences"):
+        assert rows(f"{name}-test.csv")
+    gain, written = content["gains"][0], rows("gains-test.csv")[0]
+    assert float(written["relative"]) == gain["relative"]
+    shown = next(t for t in tables if t[0][:3] == ["sampled", "chosen", "metric"])[1]
+    assert shown[:5] == [gain["b"], gain["a"], "CIDEr", f"{100 * gain['b_value']:.1f}", f"{100 * gain['a_value']:.1f}"]
+    assert shown[6] == f"{100 * gain['relative']:+.1f}%".replace("-", "\u2212")
+    found, shown = content["correlations"][0], next(t for t in tables if "Spearman" in t[0])[1]
+    assert shown[3].startswith(f"{found['pearson']['value']:+.2f}".replace("-", "\u2212"))
+    assert shown[5].startswith(f"{found['within']['value']:+.2f}".replace("-", "\u2212"))
+    assert float(rows("correlations-test.csv")[0]["within low"]) == found["within"]["low"]
+    assert "per rank" in text
+    failed = content["failures"][0]["overrated"][0]
+    card = page[page.index(f"<h4>{failed['key']}</h4>") - 60_000 : page.index(f"<h4>{failed['key']}</h4>")]
+    assert "overrated" in re.findall(r'data-failed="([^"]*)"', card)[-1]
 
 
 def test_gallery_holds_best_worst_and_change_within_the_budget(tmp_path):
@@ -329,6 +387,8 @@ def test_gallery_holds_best_worst_and_change_within_the_budget(tmp_path):
         if row["decoding"] == "greedy":
             greedy.setdefault(row["key"], []).append(row["metrics"]["CIDEr"])
     shown = set(re.findall(r"<h4>(\d+)</h4>", page))
+    failed = json.loads((tmp_path / "metrics.json").read_text())["splits"]["test"]["failures"][0]
+    assert {row["key"] for kind in ("overrated", "underrated") for row in failed[kind]} <= shown
     for key in (max(greedy, key=lambda k: sum(greedy[k])), min(greedy, key=lambda k: sum(greedy[k])),
                 max(greedy, key=lambda k: max(greedy[k]) - min(greedy[k]))):  # fmt: skip
         assert key in shown
@@ -451,6 +511,8 @@ done.strips = all(".strip:not([hidden])").map((strip) => strip.dataset.model);
 choose("score", "denoising");
 done.scores = [...gallery.querySelector(".strip:not([hidden])").querySelectorAll("li:not(.pinned)")].map(
   (item) => JSON.parse(item.dataset.numbers).scores.denoising);
+choose("model", ""); choose("show", "overrated"); done.failed = state();
+done.said = controls.querySelector("output").textContent;
 document.querySelector(".card img").click();
 done.zoom = document.getElementById("zoom").open && document.querySelector("#zoom img") !== null;
 document.title = JSON.stringify(done);
@@ -497,4 +559,7 @@ def test_page_works_in_a_browser(evaluation, tmp_path, width):
     assert seen["worst"] == seen["best"][::-1][:4]
     assert set(seen["strips"]) == {"plain"}
     assert seen["scores"] == sorted(seen["scores"], reverse=True)
+    overrated = {row["key"] for row in results["splits"]["test"]["failures"][0]["overrated"]}
+    assert set(seen["failed"]) == overrated != set()
+    assert seen["said"] == f"{len(overrated)} of 12 images"
     assert seen["zoom"]

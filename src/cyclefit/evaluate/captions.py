@@ -4,7 +4,6 @@ import json
 import shlex
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import date
@@ -15,18 +14,25 @@ import torch
 
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
+from cyclefit.evaluate.analyses import (
+    correlations,
+    count_curve,
+    difference,
+    estimate,
+    failures,
+    gains,
+    rank_curve,
+)
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
     describe_models,
-    difference,
-    estimate,
+    launch,
     load_models,
     machine,
     outcome_of,
     print_results,
     progress_bar,
-    rank_curve,
     save_image,
     save_sources,
     write_json,
@@ -34,8 +40,10 @@ from cyclefit.evaluate.common import (
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
-from cyclefit.metrics.captions import CiderScorer, caption_metrics, caption_scores, describe
+from cyclefit.metrics.captions import caption_metrics, caption_scores, describe, document_frequencies
+from cyclefit.metrics.clip import clip_scores, retrieval
 from cyclefit.report import write_report
+from cyclefit.report.html import KINDS, gallery_keys
 from cyclefit.rerank import rerank, sample_seed, with_others
 from cyclefit.scorers import Scorer
 
@@ -46,6 +54,10 @@ JUDGES = {
     "image-text": ImageText(),
 }
 """By the name of their rows in the table."""
+SUM = "image cycle + image-text"
+"""The sum of both similarities, judged without further cost."""
+GAINS = ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L", "CLIPScore", "RefCLIPScore")
+"""What the analyses look at; BLEU-4 is each sentence's."""
 SHOWN_SIDE = 256
 """Longest side in pixels of the images kept for the report."""
 
@@ -60,6 +72,7 @@ def captions(
     judges: dict[str, Judge] | None = None,
     num_candidates: int = 10,
     nucleus_p: float = 0.9,
+    min_new_tokens: int = 0,
     max_new_tokens: int = 30,
     rerank_runs: bool = False,
     image_size: int = 512,
@@ -69,6 +82,8 @@ def captions(
     checkpoint: str = "last",
     gallery: int = 24,
     seed: int = 0,
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> int:
     """Evaluates captioners under greedy, beam and nucleus decoding, reranked by every judge, and the oracle.
 
@@ -85,30 +100,36 @@ def captions(
         judges: rerankers by name; all four if not given.
         num_candidates: N nucleus samples per image.
         nucleus_p: probability mass of the nucleus.
-        max_new_tokens: length limit of captions.
+        min_new_tokens: least length of captions, in tokens.
+        max_new_tokens: their greatest length.
         rerank_runs: rerank the finetuned models too, not only the base.
         image_size: side of the images that are read.
-        batch_size: images read together; no influence on the results.
+        batch_size: images captioned together; no influence on the results.
         num_workers: processes that read images.
         limit: images of each split, all if not given.
         checkpoint: `last` or `best` of each run.
         gallery: images of each split shown in the report.
         seed: of sampling and of the noise.
+        devices: GPUs of a node, or processes without one; no influence on the results.
+        num_nodes: nodes.
 
     """
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fabric = launch(devices, num_nodes)
+    device = fabric.device
     partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
-    single = [Decoding(max_new_tokens=max_new_tokens), Decoding("beam", max_new_tokens=max_new_tokens)]
-    nucleus = Decoding("nucleus", num_candidates, max_new_tokens, top_p=nucleus_p)
+    lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
+    single = [Decoding(**lengths), Decoding("beam", **lengths)]
+    nucleus = Decoding("nucleus", num_candidates, top_p=nucleus_p, **lengths)
     models = load_models(captioner, runs, checkpoint, "captioner")
 
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
         stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p, "limit": limit}
         stamp |= {"judges": {name: repr(judge) for name, judge in judges.items()}, "scorer": scorer.name}
+        stamp |= {"lengths": list(lengths.values()), "image_size": image_size, **_sampling(generator)}
         stamp |= {"models": {name: config.get("steps") for name, (_, config) in models.items()}}
-        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp)
+        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp, fabric)
         for model, (network, _) in models.items():
             # Every model's own captions are regenerated for the round trip; sampling N of them is the expensive part.
             full = model == "base" or rerank_runs
@@ -117,10 +138,23 @@ def captions(
             stream = evaluation_batches(
                 urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
             )
-            _evaluate(table, split, model, freeze(network.to(device)), partners, used, decodings, stream, limit, seed)
+            _evaluate(
+                table, split, model, freeze(network.to(device)), partners, used, decodings, stream, limit, seed, fabric
+            )
             network.to("cpu")
+    fabric.barrier()
+    if not fabric.is_global_zero:
+        return 0
 
-    results = {split: _results(table, models, judges, partners, num_candidates) for split, table in tables.items()}
+    results = {}
+    for split, table in tables.items():
+        corpus = json.loads((folder / f"references-{split}.json").read_text())
+        table.merge(models, list(corpus))
+        stream = evaluation_batches(
+            shards[split], image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
+        )
+        _measure(table.rows, corpus, scorer, stream, device)
+        results[split] = _results(table, corpus, models, judges, partners)
     metrics = {
         "title": "Did the cycle help?",
         "kind": "captions",
@@ -130,6 +164,9 @@ def captions(
             "scorer": scorer.name,
             "seed": seed,
             "num_candidates": num_candidates,
+            **lengths,
+            **_sampling(generator),
+            "devices": devices * num_nodes,
             "machine": machine(),
             "commands": [shlex.join(["python", *sys.argv])],
             "seconds": round(time.perf_counter() - started),
@@ -141,7 +178,7 @@ def captions(
         metrics["verdict"] = verdict
     write_json(folder / "metrics.json", metrics)
     for split, table in tables.items():
-        _draw_gallery(folder, split, table.rows, partners, gallery)
+        _draw_gallery(folder, split, table.rows, results[split]["failures"], partners, gallery)
         table.rewrite()
     report = write_report(folder)
     print_results(metrics, _columns(), names=2)
@@ -149,15 +186,24 @@ def captions(
     return 0
 
 
-def _evaluate(table, split, model, captioner, partners, judges, decodings, stream, limit, seed) -> None:
-    """Appends one model's candidates on one split to its table."""
+def _sampling(generator: Generator) -> dict:
+    """How the generator draws, if it says so."""
+    return {name: getattr(generator, name, None) for name in ("steps", "guidance_scale")}
+
+
+def _evaluate(table, split, model, captioner, partners, judges, decodings, stream, limit, seed, fabric) -> None:
+    """Appends one model's candidates on one split to its table, of this rank's batches."""
     done, folder, references = table.done(model), table.path.parent, {}
     contrasted = max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
     names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
-    with progress_bar("images") as progress:
+    with progress_bar("images", fabric.global_rank) as progress:
         task = progress.add_task(f"{split}: {model}", total=limit)
-        for batch, others in with_others(stream, contrasted):
+        # Every rank reads all images, which is little beside what is made of them, and works on some batches.
+        for number, (batch, others) in enumerate(with_others(stream, contrasted)):
             references |= dict(zip(batch.keys, batch.references, strict=True))
+            if number % fabric.world_size != fabric.global_rank:
+                progress.update(task, advance=len(batch))
+                continue
             todo = [i for i, key in enumerate(batch.keys) if key not in done]
             progress.update(task, advance=len(batch))
             save_sources(folder / "images" / split / "source", batch, SHOWN_SIDE)
@@ -187,24 +233,40 @@ def _evaluate(table, split, model, captioner, partners, judges, decodings, strea
                 ]
             )
         progress.update(task, total=len(references), completed=len(references))
-    write_json(folder / f"references-{split}.json", references)
+    if fabric.is_global_zero:
+        write_json(folder / f"references-{split}.json", references)
 
 
-def _results(table: Rows, models, judges, partners, num_candidates: int) -> dict:
-    """The table's rows, differences and rank curves of one split; adds each candidate's own metrics to the table."""
-    split = table.path.stem.removeprefix("candidates-")
-    references = json.loads((table.path.parent / f"references-{split}.json").read_text())
+@torch.no_grad()
+def _measure(rows: list[dict], references: dict[str, list[str]], scorer: Scorer, stream, device) -> None:
+    """Adds each candidate's own metrics to its row, and the judges' sum to its scores."""
     keys = list(references)
     place = {key: i for i, key in enumerate(keys)}
-    corpus = [references[key] for key in keys]
-    texts = [row["caption"] for row in table.rows]
-    cider = CiderScorer(corpus).score(texts, [place[row["key"]] for row in table.rows])
-    by_model: dict[str, list[list[dict]]] = {name: [[] for _ in keys] for name in models}
-    for i, row in enumerate(table.rows):
-        row["metrics"] = {name: round(float(values[i]), 6) for name, values in cider.items()}
-        by_model[row["model"]][place[row["key"]]].append(row)
+    pairs = list(dict.fromkeys((row["caption"], row["key"]) for row in rows))
+    texts, corpus = [text for text, _ in pairs], list(references.values())
+    frequencies = document_frequencies(corpus)
+    own = [references[key] for _, key in pairs]
+    values = caption_scores(texts, own, document_frequencies=frequencies)
+    images = torch.cat([scorer.embed_images(batch.images.to(device)) for batch in stream])
+    at = torch.tensor([place[key] for _, key in pairs], device=device)
+    values |= clip_scores(scorer.embed_texts, images[at], texts, own)
+    values |= retrieval(scorer.embed_texts(texts), images, at)
+    rounded = {name: [round(float(value), 6) for value in column] for name, column in values.items()}
+    measured = {pair: {name: column[i] for name, column in rounded.items()} for i, pair in enumerate(pairs)}
+    for row in rows:
+        row["metrics"] = measured[row["caption"], row["key"]]
+        if {"image cycle", "image-text"} <= row["scores"].keys():
+            row["scores"][SUM] = round(row["scores"]["image cycle"] + row["scores"]["image-text"], 6)
 
-    rows, curves, chosen = [], [], {}
+
+def _results(table: Rows, references: dict[str, list[str]], models, judges, partners) -> dict:
+    """The table's rows, differences and analyses of one split."""
+    corpus = list(references.values())
+    by_model = {name: {key: [] for key in references} for name in models}
+    for row in table.rows:
+        by_model[row["model"]][row["key"]].append(row)
+
+    rows, chosen, pools = [], {}, {}
 
     def add(model: str, decoding: str, selection: str, picked: list[dict], calls: dict, seconds: float) -> None:
         chosen[f"{model} · {decoding if selection == 'single' else selection}"] = picked
@@ -213,31 +275,52 @@ def _results(table: Rows, models, judges, partners, num_candidates: int) -> dict
             | {"metrics": _metrics(picked, corpus)}
         )
 
-    for model, samples in by_model.items():
+    for model, by_key in by_model.items():
+        samples = list(by_key.values())
         seconds = {k: float(np.mean([s[0]["seconds"][k] for s in samples])) for k in samples[0][0]["seconds"]}
         share = seconds["sampling"] / samples[0][0]["of"]
         none = {"generator_calls": 0, "denoiser_calls": 0}
         for decoding in ("greedy", "beam", "nucleus"):
             picked = [next(row for row in sample if row["decoding"] == decoding) for sample in samples]
             add(model, decoding, "single", picked, none, share)
-        pools = [[row for row in sample if row["decoding"] == "nucleus"] for sample in samples]
-        if len(pools[0]) < 2:
+        pool = [[row for row in sample if row["decoding"] == "nucleus"] for sample in samples]
+        if len(pool[0]) < 2:
             continue
-        different = float(np.mean([len({row["caption"] for row in pool}) for pool in pools]))
-        for name, judge in judges.items():
-            ranked = [sorted(pool, key=lambda row: -row["scores"][name]) for pool in pools]
-            cost = {k: round(v * different, 1) for k, v in judge.cost(partners, 1).items()}
-            judging = seconds[name] * len(pools[0]) / samples[0][0]["of"]
-            add(model, "nucleus", name, [r[0] for r in ranked], cost, share * len(pools[0]) + judging)
-            curves.append(rank_curve(model, name, "CIDEr", ranked))
-        best = [max(pool, key=lambda row: row["metrics"]["CIDEr"]) for pool in pools]
-        add(model, "nucleus", "oracle", best, none, share * len(pools[0]))
+        pools[model] = pool
+        different = float(np.mean([len({row["caption"] for row in candidates}) for candidates in pool]))
+        costs = {name: {k: v * different for k, v in judge.cost(partners, 1).items()} for name, judge in judges.items()}
+        if SUM in pool[0][0]["scores"]:
+            costs[SUM] = costs["image cycle"]
+            seconds[SUM] = seconds["image cycle"] + seconds["image-text"]
+        for name, cost in costs.items():
+            best = [max(candidates, key=lambda row: row["scores"][name]) for candidates in pool]
+            judging = seconds[name] * len(pool[0]) / samples[0][0]["of"]
+            rounded = {k: round(v, 1) for k, v in cost.items()}
+            add(model, "nucleus", name, best, rounded, share * len(pool[0]) + judging)
+        best = [max(candidates, key=lambda row: row["metrics"]["CIDEr"]) for candidates in pool]
+        add(model, "nucleus", "oracle", best, none, share * len(pool[0]))
 
+    ranked = [(model, judge, pool) for model, pool in pools.items() for judge in pool[0][0]["scores"]]
+    judge = next(iter(judges))
+    # The first judge by every metric, every judge by CIDEr.
+    told = [(of, metric) for of in ranked for metric in GAINS if of[1] == judge or metric == "CIDEr"]
     return {
-        "num_images": len(keys),
+        "num_images": len(references),
         "rows": rows,
         "differences": _differences(models, chosen, judges),
-        "rank_curves": curves,
+        "gains": [
+            gain
+            for model, selection, _ in ranked
+            for gain in gains(list(GAINS), f"{model} · {selection}", f"{model} · nucleus", chosen)
+        ],
+        "rank_curves": [rank_curve(*of, metric, pool) for (*of, pool), metric in told],
+        "count_curves": [
+            count_curve(model, name, "CIDEr", pool)
+            for model, pool in pools.items()
+            for name in (*pool[0][0]["scores"], "oracle")
+        ],
+        "correlations": [found for (*of, pool), metric in told if (found := correlations(*of, metric, pool))],
+        "failures": [failures(model, judge, "CIDEr", pool) for model, pool in pools.items()],
     }
 
 
@@ -249,7 +332,8 @@ def _metrics(picked: list[dict], corpus: list[list[str]]) -> dict:
     }
     samples = {name: [row["metrics"][name] for row in picked] for name in ("CIDEr", "CIDEr-D")}
     samples["words"] = [len(text.split()) for text in texts]
-    samples["ROUGE-L"] = caption_scores(texts, corpus)["ROUGE-L"]
+    samples |= {name: [row["metrics"][name] for row in picked] for name in ("ROUGE-L", "CLIPScore", "RefCLIPScore")}
+    samples |= {f"R@{k}": [row["metrics"][f"R@{k}"] for row in picked] for k in (1, 5, 10)}
     for judge, name in (("image cycle", "image similarity"), ("image-text", "image-text similarity")):
         if judge in picked[0]["scores"]:
             samples[name] = [row["scores"][judge] for row in picked]
@@ -286,18 +370,12 @@ def _verdict(models, results: dict) -> dict | None:
     }
 
 
-def _draw_gallery(folder: Path, split: str, rows: list[dict], partners: Partners, count: int) -> None:
-    """Regenerates the images of the samples the report shows: evenly the best, the worst and the rest by key.
+def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners: Partners, count: int) -> None:
+    """Regenerates the images of the samples the report shows.
 
     They are the images the scores were computed on: same caption, same noise.
     """
-    base = [row for row in rows if row["model"] == "base" and row["decoding"] == "nucleus"]
-    quality = defaultdict(list)
-    for row in base:
-        quality[row["key"]].append(row["metrics"]["CIDEr"])
-    order = sorted(quality, key=lambda key: -np.mean(quality[key]))
-    third = max(count // 3, 1)
-    shown = set(order[:third]) | set(order[-third:]) | set(sorted(order)[: count - 2 * third])
+    shown = set(gallery_keys(rows, failures, KINDS["captions"], count))
     for row in rows:
         row["image"] = None
     wanted = [row for row in rows if row["key"] in shown and row["decoding"] != "beam"]

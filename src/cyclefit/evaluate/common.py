@@ -1,13 +1,16 @@
-"""What evaluations share: the models compared, the rows of a table, differences, the printed table."""
+"""What evaluations share: their processes, the models compared, the rows of a table, the printed table."""
 
+import glob
+import itertools
 import json
 import os
 import platform
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -24,8 +27,10 @@ from rich.table import Table
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
 from cyclefit.generators import Generator
-from cyclefit.metrics.statistics import bootstrap_interval, paired_bootstrap
 from cyclefit.runs import Which, load_run
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def load_models(
@@ -47,27 +52,46 @@ def load_models(
     return models
 
 
-class Rows:
-    """The rows of `candidates-SPLIT.jsonl`, appended to as they come: an interrupted evaluation goes on from them."""
+def launch(devices: int, num_nodes: int) -> "Fabric":
+    """The processes of an evaluation, one for each device: started here, or by torchrun or srun.
 
-    def __init__(self, path: Path, stamp: dict):
-        self.path = path
-        self.rows: list[dict] = []
+    They share files and wait for each other; no tensors are exchanged.
+    """
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+
+    # A rank may wait for the others' last samples as long as they take.
+    together = DDPStrategy(process_group_backend="gloo", timeout=timedelta(days=7))
+    fabric = Fabric(devices=devices, num_nodes=num_nodes, strategy="auto" if devices * num_nodes == 1 else together)
+    fabric.launch()
+    return fabric
+
+
+class Rows:
+    """The rows of `candidates-SPLIT.jsonl`, appended to as they come: an interrupted evaluation goes on from them.
+
+    Of several ranks each one after the first has a file of its own until all are done, `candidates-SPLIT.rankR.jsonl`.
+
+    Raises:
+        UserError: the files there were written with other settings.
+
+    """
+
+    def __init__(self, path: Path, stamp: dict, fabric: "Fabric"):
+        self.path, rank = path, fabric.global_rank
+        self.own = path.with_name(f"{path.stem}.rank{rank}.jsonl") if rank else path
         settings = path.with_suffix(".settings.json")
-        if path.exists():
-            if json.loads(settings.read_text()) != stamp:
-                raise UserError(f"{path} was written with other settings: delete {path.parent} or choose another --out")
-            complete = path.read_bytes().rpartition(b"\n")[0]  # the last line may be torn
-            self.rows = [json.loads(line) for line in complete.splitlines()]
-            # A batch is one write, so only its tail can be torn: samples short of candidates are done again.
-            counts = defaultdict(int)
-            for row in self.rows:
-                counts[row["model"], row["key"]] += 1
-            self.rows = [row for row in self.rows if counts[row["model"], row["key"]] == row["of"]]
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        else:
+        if settings.exists() and json.loads(settings.read_text()) != stamp:
+            raise UserError(f"{path} was written with other settings: delete {path.parent} or choose another --out")
+        fabric.barrier()
+        if not rank:
             path.parent.mkdir(parents=True, exist_ok=True)
-            settings.write_text(json.dumps(stamp, indent=1))
+            write_json(settings, stamp)
+            # What an interrupted evaluation has left, on whatever number of ranks, is gathered before it goes on; where
+            # gathering itself was interrupted, a sample is in two files.
+            self.gather()
+        fabric.barrier()
+        self.rows = _whole_samples(path)
 
     def done(self, model: str) -> set[str]:
         """Keys that need no more work."""
@@ -75,11 +99,45 @@ class Rows:
 
     def append(self, rows: list[dict]) -> None:
         """Adds a batch's rows, on disk before anything else happens."""
-        with self.path.open("a") as file:
+        with self.own.open("a") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
             file.flush()
             os.fsync(file.fileno())
         self.rows += rows
+
+    def gather(self) -> int:
+        """Puts all ranks' rows into the one file, each sample once, and reads them; returns how many came twice."""
+        files = [self.path, *sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.rank*.jsonl"))]
+        samples: dict[tuple, list[dict]] = {}
+        found = 0
+        for file in files:
+            of_file = defaultdict(list)
+            for row in _whole_samples(file):
+                of_file[row["model"], row["key"]].append(row)
+            samples = of_file | samples
+            found += len(of_file)
+        self.rows = [row for rows in samples.values() for row in rows]
+        self.rewrite()
+        for file in files[1:]:
+            file.unlink()
+        return found - len(samples)
+
+    def merge(self, models: Iterable[str], keys: list[str]) -> None:
+        """Gathers the ranks' rows in the order of models and keys.
+
+        Raises:
+            RuntimeError: a sample is missing, was made by two ranks, or has the wrong number of candidates.
+
+        """
+        if twice := self.gather():
+            raise RuntimeError(f"{twice} samples of {self.path} were made by two ranks")
+        place = {name: i for i, name in enumerate(itertools.product(models, keys))}
+        counts = Counter((row["model"], row["key"]) for row in self.rows)
+        if counts.keys() != place.keys() or any(counts[row["model"], row["key"]] != row["of"] for row in self.rows):
+            wrong = next(iter(counts.keys() ^ place.keys()), "a count")
+            raise RuntimeError(f"{self.path} does not hold every sample once: {wrong}")
+        self.rows.sort(key=lambda row: place[row["model"], row["key"]])
+        self.rewrite()
 
     def rewrite(self) -> None:
         """Puts the rows on disk as they are now."""
@@ -88,10 +146,19 @@ class Rows:
         partial.replace(self.path)
 
 
-def progress_bar(unit: str) -> Progress:
-    """A bar with counts of `unit` and times."""
+def _whole_samples(path: Path) -> list[dict]:
+    """A file's rows, without a torn last line and samples that are short of candidates because of it."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
+    counts = Counter((row["model"], row["key"]) for row in rows)
+    return [row for row in rows if counts[row["model"], row["key"]] == row["of"]]
+
+
+def progress_bar(unit: str, rank: int = 0) -> Progress:
+    """A bar with counts of `unit` and times, shown by the first rank."""
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=bool(rank))
 
 
 def save_sources(folder: Path, batch, side: int | None = None) -> None:
@@ -109,7 +176,7 @@ def save_image(image: torch.Tensor, path: Path, side: int | None = None) -> None
         picture.thumbnail((side, side))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A killed run must not leave half a picture that the next one takes for a whole.
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".partial{os.getpid()}")
     picture.save(partial, "PNG")
     partial.replace(path)
 
@@ -158,28 +225,6 @@ def _described(config: dict, which: Which, index: int) -> dict:
         )
         described = f"{own} and a cycle: {what}"
     return {"description": described, "steps": config["steps"], "color_index": index}
-
-
-def estimate(values: list[float]) -> dict[str, float]:
-    """The mean of a metric with its bootstrap interval."""
-    return dict(zip(("value", "low", "high"), bootstrap_interval(values), strict=True))
-
-
-def rank_curve(model: str, judge: str, metric: str, ranked: list[list[dict]]) -> dict:
-    """A metric's mean by rank, of samples whose candidates are sorted by a judge, best first."""
-    columns = zip(*ranked, strict=True)
-    values = [{"rank": k} | estimate([row["metrics"][metric] for row in rows]) for k, rows in enumerate(columns, 1)]
-    return {"model": model, "selection": judge, "metric": metric, "values": values}
-
-
-def difference(metric: str, a: str, b: str, chosen: dict[str, list[dict]]) -> dict:
-    """Paired bootstrap of a metric of two selections, whose rows are of the same samples in the same order."""
-    first, second = ([row["metrics"][metric] for row in chosen[name]] for name in (a, b))
-    value, low, high, p = paired_bootstrap(first, second)
-    relative = value / np.mean(second) if np.mean(second) else 0.0
-    return {"metric": metric, "a": a, "b": b, "value": value, "low": low, "high": high, "p": p} | {
-        "relative": float(relative)
-    }
 
 
 def outcome_of(difference: dict) -> tuple[bool | None, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,18 +19,17 @@ from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
+from cyclefit.evaluate.analyses import correlations, count_curve, difference, estimate, failures, gains, rank_curve
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
     describe_models,
-    difference,
-    estimate,
+    launch,
     load_models,
     machine,
     outcome_of,
     print_results,
     progress_bar,
-    rank_curve,
     save_image,
     save_sources,
     write_json,
@@ -42,7 +42,11 @@ from cyclefit.report import write_report
 from cyclefit.rerank import Drawings, rerank_images, sample_seed
 from cyclefit.scorers import Scorer
 
-JUDGES = ("text cycle", "image-text")
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+SUM = "text cycle + image-text"
+"""The sum of both similarities."""
 
 
 def images(
@@ -62,6 +66,8 @@ def images(
     limit: int | None = None,
     checkpoint: str = "last",
     seed: int = 0,
+    devices: int = 1,
+    num_nodes: int = 1,
 ) -> int:
     """Evaluates generators: one image per prompt, the best of N by the text cycle and by image-text, and the oracle.
 
@@ -86,10 +92,13 @@ def images(
         limit: prompts of each split, all if not given.
         checkpoint: `last` or `best` of each run.
         seed: of the noise.
+        devices: GPUs of a node, or processes without one; no influence on the results.
+        num_nodes: nodes.
 
     """
     folder, started = Path(out), time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fabric = launch(devices, num_nodes)
+    device = fabric.device
     scorers = {s.label: s for s in (scorer, held_out) if s is not None}
     if held_out is not None and len(scorers) == 1:
         raise UserError(f"the held-out scorer is {scorer.name}, as the scorer is: give another one, or none")
@@ -108,17 +117,22 @@ def images(
             "max_new_tokens": max_new_tokens,
             "models": {name: config.get("steps") for name, (_, config) in models.items()},
         }
-        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp)
+        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp, fabric)
         stream = evaluation_batches(
             urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
         )
-        prompts[split] = _read(folder, split, stream, scorers, device, limit)
+        prompts[split] = _read(folder, split, stream, scorers, fabric, limit)
         for model, (network, _) in models.items():
             count = num_candidates if model == "base" or rerank_runs else 1
             half_on_gpu(freeze(network.to(device)))
             draw = partial(rerank_images, network, captioner, scorer, **sampling, max_new_tokens=max_new_tokens)
-            _evaluate(table, split, model, count, draw, captioner, scorers, prompts[split], batch_size, seed)
+            _evaluate(table, split, model, count, draw, captioner, scorers, prompts[split], batch_size, seed, fabric)
             network.to("cpu")
+    fabric.barrier()
+    if not fabric.is_global_zero:
+        return 0
+    for split, table in tables.items():
+        table.merge(models, list(prompts[split].references))
 
     calls = generator.calls_per_image(**sampling)
     chosen = {split: _choose(table, models, prompts[split], scorers) for split, table in tables.items()}
@@ -136,6 +150,7 @@ def images(
             "seed": seed,
             "num_candidates": num_candidates,
             **sampling,
+            "devices": devices * num_nodes,
             "machine": machine(),
             "commands": [shlex.join(["python", *sys.argv])],
             "seconds": round(time.perf_counter() - started),
@@ -170,19 +185,21 @@ class _Prompts:
 
 
 @torch.no_grad()
-def _read(folder: Path, split: str, stream: Iterable[Batch], scorers, device, limit: int | None) -> _Prompts:
-    """Reads a split once, saves its images and captions, and embeds both."""
+def _read(folder: Path, split: str, stream: Iterable[Batch], scorers, fabric, limit: int | None) -> _Prompts:
+    """Reads a split once, saves its images and captions, and embeds both, on every rank."""
     references, embedded = {}, {label: [] for label in scorers}
-    with progress_bar("images") as progress:
+    with progress_bar("images", fabric.global_rank) as progress:
         task = progress.add_task(f"{split}: references", total=limit)
-        for batch in stream:
+        for number, batch in enumerate(stream):
             references |= dict(zip(batch.keys, batch.references, strict=True))
-            save_sources(folder / "images" / split / "source", batch)
+            if number % fabric.world_size == fabric.global_rank:
+                save_sources(folder / "images" / split / "source", batch)
             for label, scorer in scorers.items():
-                embedded[label].append(scorer.embed_images(batch.images.to(device)).cpu())
+                embedded[label].append(scorer.embed_images(batch.images.to(fabric.device)).cpu())
             progress.update(task, advance=len(batch))
         progress.update(task, total=len(references), completed=len(references))
-    write_json(folder / f"references-{split}.json", references)
+    if fabric.is_global_zero:
+        write_json(folder / f"references-{split}.json", references)
     distinct = list(dict.fromkeys(captions[0] for captions in references.values()))
     texts = {label: scorer.embed_texts(distinct).cpu() for label, scorer in scorers.items()}
     return _Prompts(references, {label: torch.cat(rows) for label, rows in embedded.items()}, distinct, texts)
@@ -199,13 +216,15 @@ def _evaluate(
     prompts: _Prompts,
     batch_size: int,
     seed: int,
+    fabric: "Fabric",
 ) -> None:
-    """Appends one model's candidates on one split to its table, after their images."""
+    """Appends one model's candidates on one split to its table, after their images; every rank some prompts."""
     done, keys = table.done(model), list(prompts.references)
-    todo = [i for i, key in enumerate(keys) if key not in done]
-    with progress_bar("images") as progress:
-        finished = count * (len(keys) - len(todo))
-        task = progress.add_task(f"{split}: {model}", total=count * len(keys), completed=finished)
+    mine = range(fabric.global_rank, len(keys), fabric.world_size)
+    todo = [i for i in mine if keys[i] not in done]
+    with progress_bar("images", fabric.global_rank) as progress:
+        finished = count * (len(mine) - len(todo))
+        task = progress.add_task(f"{split}: {model}", total=count * len(mine), completed=finished)
         for start in range(0, len(todo), batch_size):
             drawn = [(i, k) for i in todo[start : start + batch_size] for k in range(count)]
             texts = [prompts.references[keys[i]][0] for i, _ in drawn]
@@ -270,26 +289,28 @@ def _choose(table: Rows, models, prompts: _Prompts, scorers: dict[str, Scorer]) 
         candidates[row["model"]][place[row["key"]]].append(row)
     oracle = f"image similarity ({next(iter(scorers))})"
     chosen: Chosen = {}
-    ranked = {}
+    pools = {}
     for model, samples in candidates.items():
         chosen[model, "single"] = [sample[0] for sample in samples]
         if len(samples[0]) == 1:
             continue
-        for judge in JUDGES:
-            rows = [sorted(sample, key=lambda row: -row["scores"][judge]) for sample in samples]
-            ranked[model, judge] = rows
-            chosen[model, judge] = [row[0] for row in rows]
+        pools[model] = samples
+        for row in (row for sample in samples for row in sample):
+            row["scores"][SUM] = round(row["scores"]["text cycle"] + row["scores"]["image-text"], 6)
+        for judge in samples[0][0]["scores"]:
+            chosen[model, judge] = [max(sample, key=lambda row: row["scores"][judge]) for sample in samples]
         chosen[model, "oracle"] = [max(sample, key=lambda row: row["metrics"][oracle]) for sample in samples]
-    return chosen, ranked
+    return chosen, pools
 
 
 def _results(selected: tuple[Chosen, dict], table: Rows, models, scorers: dict[str, Scorer], calls: int) -> dict:
-    """The table's rows, differences and rank curves of one split."""
-    chosen, ranked = selected
+    """The table's rows, differences and analyses of one split."""
+    chosen, pools = selected
     held_out, rows = list(scorers)[-1], []
     for (model, selection), picked in chosen.items():
         count = 1 if selection == "single" else picked[0]["of"]
         seconds = {name: float(np.mean([row["seconds"][name] for row in picked])) for name in picked[0]["seconds"]}
+        seconds[SUM] = seconds["text cycle"] + seconds["image-text"]
         rows.append(
             {
                 "model": model,
@@ -300,15 +321,29 @@ def _results(selected: tuple[Chosen, dict], table: Rows, models, scorers: dict[s
                 "metrics": {name: estimate([row["metrics"][name] for row in picked]) for name in picked[0]["metrics"]},
             }
         )
+    measured = [name for name in chosen["base", "single"][0]["metrics"] if name != "captioner NLL"]
+    quality = [f"image similarity ({held_out})", "CIDEr"]
+    named = {" · ".join(name): picked for name, picked in chosen.items()}
+    ranked = [(model, judge, samples) for model, samples in pools.items() for judge in samples[0][0]["scores"]]
     return {
         "num_images": len(chosen["base", "single"]),
         "rows": rows,
         "differences": _differences(models, chosen, list(scorers)),
-        "rank_curves": [
-            rank_curve(model, judge, metric, order)
-            for metric in (f"image similarity ({held_out})", "CIDEr")
-            for (model, judge), order in ranked.items()
+        "gains": [
+            gain
+            for model, judge, _ in ranked
+            for gain in gains(measured, f"{model} · {judge}", f"{model} · single", named)
         ],
+        "rank_curves": [rank_curve(*of, metric, samples) for metric in quality for *of, samples in ranked],
+        "count_curves": [
+            count_curve(model, judge, quality[0], samples)
+            for model, samples in pools.items()
+            for judge in (*samples[0][0]["scores"], "oracle")
+        ],
+        "correlations": [
+            found for metric in quality for *of, samples in ranked if (found := correlations(*of, metric, samples))
+        ],
+        "failures": [failures(model, "text cycle", quality[0], samples) for model, samples in pools.items()],
     }
 
 

@@ -1,8 +1,9 @@
-"""Bootstrap intervals over images and over seeds, in numpy.
+"""Bootstrap intervals over images and over seeds, trends, correlations and the best of n, in numpy.
 
 Percentile intervals of the mean (Efron and Tibshirani 1993, chapter 13), the same for the same arguments.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -57,6 +58,79 @@ def seed_interval(matrix: ArrayLike, n: int = 2000, seed: int = 0, level: float 
         by_image = random.multinomial(images, np.full(images, 1 / images), size=rows) / images
         means.append(np.einsum("ri,ri->r", by_seed @ matrix, by_image))
     return float(matrix.mean()), *_percentiles(np.concatenate(means), level)
+
+
+def trend(matrix: ArrayLike, n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float, float, float]:
+    """Mean slope of scores (samples, ranks) along their ranks 1, 2, ..., per rank: (slope, low, high, p).
+
+    A sample's slope is that of its least-squares line, sum_k (k - m) s_k / sum_k (k - m)^2 with m the mean rank; its
+    interval and p are `paired_bootstrap`'s against 0, over samples. Raises ValueError as `bootstrap_interval`.
+    """
+    matrix = _checked(matrix, 2, "The matrix of scores")
+    rank = np.arange(matrix.shape[1]) - (matrix.shape[1] - 1) / 2
+    if not rank.any():
+        raise ValueError("A trend needs two ranks.")
+    slopes = matrix @ rank / (rank @ rank)
+    return paired_bootstrap(slopes, np.zeros(len(slopes)), n, seed, level)
+
+
+def correlation(
+    x: ArrayLike, y: ArrayLike, groups: ArrayLike, n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Pearson's correlation of x and y (samples,) with its interval: (r, low, high).
+
+    Samples of one group (the candidates of an image) are resampled together (cluster bootstrap, Davison and Hinkley
+    1997, section 3.8). Of `ranks` it is Spearman's, the ranks being those of all samples in every resample. NaN where
+    x or y is constant. Raises ValueError where lengths differ.
+    """
+    x, y = _checked(x, 1, "Values x"), _checked(y, 1, "Values y")
+    members = np.unique(groups, return_inverse=True)[1]
+    if not len(x) == len(y) == len(members):
+        raise ValueError(
+            f"A correlation needs pairs: x has {len(x)} values, y {len(y)}, there are {len(members)} groups."
+        )
+    # Centred, for the sums' sake.
+    x, y = x - x.mean(), y - y.mean()
+    terms = np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1)
+    sums = np.zeros((members.max() + 1, 6))
+    np.add.at(sums, members, terms)
+    random, count = np.random.default_rng(seed), len(sums)
+    parts = [random.multinomial(count, np.full(count, 1 / count), size=rows) @ sums for rows in _chunks(n, count)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value, resampled = _pearson(sums.sum(0)), _pearson(np.concatenate(parts))
+    if not np.isfinite(value):
+        return float("nan"), float("nan"), float("nan")
+    return float(value), *_percentiles(resampled[np.isfinite(resampled)], level)
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    """From sums (..., 6) of 1, x, y, x^2, y^2, xy."""
+    count, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    spread = (xx - x * x / count) * (yy - y * y / count)
+    # Rounding leaves a constant's spread a little beside 0.
+    return (xy - x * y / count) / np.sqrt(np.where(spread > 1e-12 * xx * yy, spread, np.nan))
+
+
+def ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks 1, 2, ... of values (samples,), equal ones at their mean."""
+    _, place, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[place]
+
+
+def best_of(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
+    """What the candidate of the highest score is worth among n of M: (samples,).
+
+    The mean of `values` (samples, M) over all draws of n without replacement, exactly: with v_(k) the value of the k-th
+    highest score, sum_k C(M - k, n - 1) / C(M, n) v_(k) (as pass@k, Chen et al. 2021, arXiv 2107.03374). Raises
+    ValueError where n is not in [1, M].
+    """
+    scores, values = _checked(scores, 2, "Scores"), _checked(values, 2, "Values")
+    most = scores.shape[1]
+    if not 1 <= n <= most:
+        raise ValueError(f"The best of {n} cannot be had from {most} candidates.")
+    weights = np.array([math.comb(most - k, n - 1) / math.comb(most, n) for k in range(1, most + 1)])
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(values, order, axis=1) @ weights
 
 
 def _resampled_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:

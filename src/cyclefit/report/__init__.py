@@ -37,6 +37,7 @@ def write_report(folder: Path, *others: Path, out: Path | None = None, title: st
             )
         for split, content in evaluation.results["splits"].items():
             _write_table(evaluation.folder / f"table-{split}.csv", content["rows"])
+            _write_analyses(evaluation.folder, split, content)
     path = Path(out or evaluations[0].folder / "report.html")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(evaluations, title), encoding="utf-8")
@@ -111,7 +112,7 @@ def _read_metrics(path: Path) -> dict:
             raise UserError(f"{path}: the split name {split!r} may only hold letters, digits, '_', '-' and '.'.")
         where = f"splits.{split}"
         _expect(content, dict, path, where)
-        for name in ("rows", "differences", "rank_curves"):
+        for name in ("rows", "differences", "gains", "rank_curves", "count_curves", "correlations", "failures"):
             _expect(content.setdefault(name, []), list, path, f"{where}.{name}")
         for i, row in enumerate(content["rows"]):
             at = f"{where}.rows[{i}]"
@@ -124,17 +125,35 @@ def _read_metrics(path: Path) -> dict:
                     _expect(row[name], (int, float), path, f"{at}.{name}")
             for name, default in (("decoding", ""), ("selection", "single")):
                 _expect(row.setdefault(name, default), str, path, f"{at}.{name}")
-        for i, difference in enumerate(content["differences"]):
-            at = f"{where}.differences[{i}]"
-            _expect_keys(difference, ("metric", "a", "b"), path, at)
-            _expect_estimate(difference, path, at)
-        for i, curve in enumerate(content["rank_curves"]):
-            at = f"{where}.rank_curves[{i}]"
-            _expect_keys(curve, ("model", "selection", "metric"), path, at)
-            _expect(curve.get("values"), list, path, f"{at}.values")
-            for j, entry in enumerate(curve["values"]):
-                _expect_estimate(entry, path, f"{at}.values[{j}]")
-                _expect(entry.get("rank"), int, path, f"{at}.values[{j}].rank")
+        for name in ("differences", "gains"):
+            for i, difference in enumerate(content[name]):
+                at = f"{where}.{name}[{i}]"
+                _expect_keys(difference, ("metric", "a", "b"), path, at)
+                _expect_estimate(difference, path, at)
+                for mean in ("a_value", "b_value") if name == "gains" else ():
+                    _expect(difference.get(mean), (int, float), path, f"{at}.{mean}")
+        for name, place in (("rank_curves", "rank"), ("count_curves", "n")):
+            for i, curve in enumerate(content[name]):
+                at = f"{where}.{name}[{i}]"
+                _expect_keys(curve, ("model", "selection", "metric"), path, at)
+                _expect(curve.get("values"), list, path, f"{at}.values")
+                for j, entry in enumerate(curve["values"]):
+                    _expect_estimate(entry, path, f"{at}.values[{j}]")
+                    _expect(entry.get(place), int, path, f"{at}.values[{j}].{place}")
+                if curve.get("trend") is not None:
+                    _expect_estimate(curve["trend"], path, f"{at}.trend")
+        for i, entry in enumerate(content["correlations"]):
+            at = f"{where}.correlations[{i}]"
+            _expect_keys(entry, ("model", "selection", "metric"), path, at)
+            for name in ("pearson", "spearman", "within"):
+                _expect_estimate(entry.get(name), path, f"{at}.{name}")
+        for i, entry in enumerate(content["failures"]):
+            at = f"{where}.failures[{i}]"
+            _expect_keys(entry, ("model", "selection", "metric"), path, at)
+            for name in ("overrated", "underrated"):
+                _expect(entry.get(name), list, path, f"{at}.{name}")
+                for j, row in enumerate(entry[name]):
+                    _expect_keys(row, ("key", "caption"), path, f"{at}.{name}[{j}]")
     return results
 
 
@@ -183,6 +202,33 @@ def _add_unlisted_models(results: dict, candidates: dict[str, list[dict]]) -> No
             models.setdefault(row["model"], {})
     for position, model in enumerate(models.values()):
         model.setdefault("color_index", position)
+
+
+def _write_analyses(folder: Path, split: str, content: dict) -> None:
+    """What the page has in tables beside the main one, without change of unit; those of figures lie beside them."""
+    from cyclefit.report.figures import write_csv
+
+    correlations = [
+        {name: entry[name] for name in ("model", "selection", "metric")}
+        | {f"{kind} {end}".removesuffix(" value"): entry[kind].get(end) for kind in ("pearson", "spearman", "within")
+           for end in ("value", "low", "high")}
+        for entry in content["correlations"]
+    ]  # fmt: skip
+    failures = [
+        {"kind": kind} | {name: found[name] for name in ("model", "selection", "metric")} | row
+        for found in content["failures"]
+        for kind in ("overrated", "underrated")
+        for row in found[kind]
+    ]
+    trends = [
+        {name: curve[name] for name in ("model", "selection", "metric")} | curve["trend"]
+        for curve in content["rank_curves"]
+        if curve.get("trend")
+    ]
+    tables = {"differences": content["differences"], "gains": content["gains"], "trends": trends}
+    for name, rows in (tables | {"correlations": correlations, "failures": failures}).items():
+        if rows:
+            write_csv(folder / f"{name}-{split}.csv", rows)
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:

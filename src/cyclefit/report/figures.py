@@ -1,7 +1,9 @@
 """The figures of the report, drawn with matplotlib; and the units and colours that page and figures share."""
 
+import csv
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +43,11 @@ def color(model: dict) -> str:
     return PALETTE[model["color_index"] % len(PALETTE)]
 
 
-def render(stem: Path, name: str, label: str, draw: Callable[..., "Figure"], *inputs) -> str:
-    """Draw into `stem`.svg and `stem`.png; returns the svg as an element in the page's colours, ids under `name`."""
+def render(stem: Path, name: str, label: str, draw: Callable[..., "Figure"], *inputs, data: list[dict]) -> str:
+    """Draw into `stem`.svg and `stem`.png, what is drawn into `stem`.csv.
+
+    Returns the svg as an element in the page's colours, ids under `name`.
+    """
     import matplotlib
 
     style = {
@@ -77,7 +82,16 @@ def render(stem: Path, name: str, label: str, draw: Callable[..., "Figure"], *in
         figure = draw(*inputs)
         figure.savefig(f"{stem}.svg", metadata={"Date": None})
         figure.savefig(f"{stem}.png", dpi=200)
+    write_csv(Path(f"{stem}.csv"), data)
     return _inline(Path(f"{stem}.svg").read_text(encoding="utf-8"), name, label)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows as a table, their columns in order of first appearance; numbers as they are, no unit changed."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def _inline(svg: str, name: str, label: str) -> str:
@@ -188,6 +202,67 @@ def _single(rows: list[dict], model: str, metric: str, otherwise: float) -> floa
         if row["model"] == model and sampled and value is not None:
             return value * scale(metric)
     return otherwise
+
+
+def count_curves(curves: list[dict], metric: str, model: dict) -> "Figure":
+    """What the best of n is worth, one line for each way to choose it; the oracle dashed."""
+    from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+
+    figure, axes = _axes(2.9)
+    for place, curve in enumerate(curves):
+        entries = [entry for entry in curve["values"] if entry["value"] is not None]
+        counts = [entry["n"] for entry in entries]
+        value = np.array([entry["value"] for entry in entries]) * scale(metric)
+        low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("low", "high"))
+        bound = curve["selection"] == "oracle"
+        shade = MUTED if bound else PALETTE[place % len(PALETTE)]
+        axes.fill_between(counts, low, high, color=shade, alpha=0.12, linewidth=0)
+        axes.plot(
+            counts, value, "--" if bound else MARKERS[place % len(MARKERS)] + "-", color=shade, linewidth=1.3,
+            markersize=4, label=_shorten(curve["selection"]),
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(sorted({entry["n"] for curve in curves for entry in curve["values"]}))
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("candidates chosen from")
+    axes.set_ylabel(_unit(metric))
+    figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.4)
+    return figure
+
+
+def sorted_rows(samples: list[tuple[Path | None, str, list[tuple[Path, str, str]]]]) -> "Figure":
+    """Sources with their candidates from the best score to the worst, arXiv 2212.12249 Figures 5 and 6.
+
+    A sample is its source image, its text, and of each candidate the image, the caption and the numbers.
+    """
+    import textwrap
+
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    columns = 1 + max(len(candidates) for _, _, candidates in samples)
+    figure = Figure(figsize=(1.25 * columns, 1.95 * len(samples)), layout="constrained")
+    grid = figure.subplots(len(samples), columns, squeeze=False)
+    for row, (source, text, candidates) in zip(grid, samples, strict=True):
+        cells = [(source, text, ""), *candidates]
+        for axes, (path, caption, numbers) in zip(
+            row, [*cells, *[(None, "", "")] * (columns - len(cells))], strict=True
+        ):
+            axes.axis("off")
+            if path is not None:
+                # What cannot be read the gallery names.
+                with (
+                    suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError),
+                    Image.open(path) as image,
+                ):
+                    axes.imshow(np.asarray(image.convert("RGB")), interpolation="nearest" if image.width < 64 else None)
+            lines = textwrap.wrap(caption, 26)[:5]
+            axes.set_title(numbers, fontsize=6, fontweight="normal", color=MUTED, loc="left")
+            axes.text(0, -0.04, "\n".join(lines), transform=axes.transAxes, fontsize=5.5, va="top")
+    return figure
 
 
 def score_bins(scores: np.ndarray, values: np.ndarray, most: int = 8) -> list[tuple[float, np.ndarray]]:

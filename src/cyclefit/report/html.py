@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,15 +17,32 @@ from PIL import Image
 
 from cyclefit import UserError
 from cyclefit.report.figures import (
-    THEME,
-    color,
     comparison,
+    count_curves,
     metric_names,
     rank_curves,
     render,
     scale,
     score_bins,
     score_boxes,
+    sorted_rows,
+)
+from cyclefit.report.tables import (
+    LOWER_IS_BETTER,
+    NONE,
+    correlations_table,
+    count,
+    differences_table,
+    dot,
+    gains_table,
+    limits,
+    main_table,
+    number,
+    plural,
+    reading,
+    row_name,
+    short,
+    trends_table,
 )
 
 
@@ -82,6 +100,7 @@ CAPTIONS = Kind(
         "about this image and least about others is kept.",
         "image-text": "the control without a generator: the caption most similar to the image under the scorer is "
         "kept.",
+        "image cycle + image-text": "the caption whose sum of both similarities is greatest is kept.",
         "oracle": "the candidate with the best metric against the references; no method can pass this bound.",
     },
     metrics={
@@ -89,6 +108,16 @@ CAPTIONS = Kind(
         "CIDEr-D": "CIDEr with clipped counts and a penalty on length, as coco-caption computes it.",
         "BLEU-4": "precision of word groups of up to four words.",
         "ROUGE-L": "longest common subsequence with a reference.",
+        "CLIPScore": "2.5 times the cosine similarity of image and caption, at least 0 (Hessel et al., 2021).",
+        "RefCLIPScore": "harmonic mean of CLIPScore and the caption's similarity to the closest reference.",
+        "METEOR": "agreement with a reference in words, stems and synonyms.",
+        "SPICE": "agreement of the scene graphs of caption and references.",
+        "R@1": "share of captions to which their own image is the most similar of all of the split under the scorer.",
+        "R@5": "share of captions whose own image is among the five most similar.",
+        "R@10": "share of captions whose own image is among the ten most similar.",
+        "distinct-1": "different words over all words of all captions.",
+        "distinct-2": "different pairs of words over all of them.",
+        "self-BLEU": "BLEU-4 of an image's sampled captions against each other; lower is more diverse.",
         "words": "mean length of a caption; neither more nor fewer is better.",
         "image similarity": "cosine similarity of the source image and the one regenerated from the caption.",
     },
@@ -107,6 +136,7 @@ IMAGES = Kind(
         "text cycle": "every candidate is captioned; the image whose caption is most similar to the prompt under the "
         "scorer is kept (the paper's reranking).",
         "image-text": "the control without a captioner: the image most similar to the prompt under the scorer is kept.",
+        "text cycle + image-text": "the image whose sum of both similarities is greatest is kept.",
         "oracle": "the candidate most similar to the reference image under the scorer; the bound of its image "
         "similarity.",
     },
@@ -126,10 +156,10 @@ IMAGES = Kind(
     "the best score to the worst, each with what the captioner says of it.",
     scores={"text cycle": "text cycle", "image-text": "image-text"},
 )
+FAILURES = {"overrated": "failures: high score, low metric", "underrated": "failures: low score, high metric"}
+PINNED = ("greedy", "beam")
+"""Decodings of one caption, which stand before the sampled ones."""
 KINDS = {"captions": CAPTIONS, "images": IMAGES}
-NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID", "captioner NLL"}
-NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 SHOWN_IMAGES = 24
 SHOWN_CANDIDATES = 12
 IMAGE_BUDGET = 3_200_000
@@ -177,82 +207,6 @@ def _part(evaluation: Evaluation, budget: int, alone: bool) -> tuple[str, str, s
     return summary, "\n".join(contents), "\n".join(sections)
 
 
-# ---- numbers and words
-
-
-def _number(value: float | None, metric: str = "", places: int | None = None) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    value *= scale(metric)
-    if places is None:
-        places = _places(metric, value)
-    return f"{value:.{places}f}".replace("-", MINUS)
-
-
-def _places(metric: str, value: float) -> int:
-    return 1 if scale(metric) == 100 or metric in NO_DIRECTION or abs(value) >= 10 else 3
-
-
-def _bounds(entry: dict, metric: str) -> tuple[str, str] | None:
-    """Both ends of the interval; no decimals where it is wider than ten units."""
-    low, high = entry.get("low"), entry.get("high")
-    if low is None or high is None:
-        return None
-    places = 0 if (high - low) * scale(metric) >= 10 else _places(metric, high)
-    return _number(low, metric, places), _number(high, metric, places)
-
-
-def _count(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
-
-
-def _plural(count: float, noun: str) -> str:
-    return f"{_count(count)} {noun}{'' if count == 1 else 's'}"
-
-
-def _row_name(row: dict) -> str:
-    return " · ".join(filter(None, (row["model"], row["decoding"], row["selection"])))
-
-
-def reading(difference: dict) -> str:
-    """One difference in plain words, unescaped: `cycle beats plain by 41 CIDEr, 95% interval 33 to 50`."""
-    metric, value = difference["metric"], difference["value"]
-    (a, *details), (b, *others) = difference["a"].split(" · "), difference["b"].split(" · ")
-    if details == others:
-        under = f" ({', '.join(details)})" if details else ""
-    else:
-        a, b, under = difference["a"], difference["b"], ""
-    if value is None:
-        return f"{a} and {b} could not be compared in {metric}{under}."
-    bounds = _bounds(difference, metric)
-    if bounds is not None and difference["low"] <= 0 <= difference["high"]:
-        low, high = bounds
-        return f"No clear difference in {metric} between {a} and {b}: 95% interval {low} to {high}{under}."
-    if bounds is None:
-        interval, size = "no interval was computed", _number(abs(value), metric)
-    else:
-        flipped = {"low": -difference["high"], "high": -difference["low"]} if value < 0 else difference
-        interval = "95% interval {} to {}".format(*_bounds(flipped, metric))
-        wide = (difference["high"] - difference["low"]) * scale(metric) >= 10
-        size = _number(abs(value), metric, 0 if wide else None)
-    if metric in NO_DIRECTION:
-        return f"{a} has {size} {'more' if value > 0 else 'fewer'} {metric} than {b}, {interval}{under}."
-    if (value > 0) != (metric in LOWER_IS_BETTER):
-        verb = "beats"
-    else:
-        verb = "falls behind"
-    if value == 0:
-        return f"{a} equals {b} in {metric}, {interval}{under}."
-    noun = "" if metric[:1].isupper() else " in"
-    return f"{a} {verb} {b} by {size}{noun} {metric}, {interval}{under}."
-
-
 # ---- top of the page
 
 
@@ -278,7 +232,7 @@ def _headline(results: dict, kind: Kind) -> str:
         for name, model in results["models"].items()
     )
     sizes = [
-        (f"{_plural(content['num_images'], kind.item)} of " if content.get("num_images") else "")
+        (f"{plural(content['num_images'], kind.item)} of " if content.get("num_images") else "")
         + f"<i>{escape(split)}</i>"
         for split, content in results["splits"].items()
     ]
@@ -308,22 +262,22 @@ def _outcome(content: dict) -> str:
         return ""
     best = (min if metrics[0] in LOWER_IS_BETTER else max)(rows, key=lambda row: row["metrics"][metrics[0]]["value"])
     entry = best["metrics"][metrics[0]]
-    bounds = _bounds(entry, metrics[0])
+    bounds = limits(entry, metrics[0])
     interval = f", 95% interval {bounds[0]} to {bounds[1]}" if bounds else ""
-    value = _number(entry["value"], metrics[0])
-    return escape(f"the best {metrics[0]} is {value}, by {_row_name(best)}{interval}.")
+    value = number(entry["value"], metrics[0])
+    return escape(f"the best {metrics[0]} is {value}, by {row_name(best)}{interval}.")
 
 
 def _cost(results: dict, kind: Kind) -> str:
     rows = [row for content in results["splits"].values() for row in content["rows"]]
 
     def calls(row: dict) -> str:
-        parts = [_plural(row[f"{name}_calls"], f"{name} call") for name in ("generator", "denoiser")
+        parts = [plural(row[f"{name}_calls"], f"{name} call") for name in ("generator", "denoiser")
                  if row.get(f"{name}_calls")]  # fmt: skip
         return " and ".join(parts) or "no generator call"
 
     def seconds(row: dict) -> str:
-        return f", {_count(row['seconds'])} s" if row.get("seconds") is not None else ""
+        return f", {count(row['seconds'])} s" if row.get("seconds") is not None else ""
 
     sentences = []
     cycles = [row for row in rows if row["selection"] == kind.judge and row.get("generator_calls")]
@@ -337,8 +291,8 @@ def _cost(results: dict, kind: Kind) -> str:
     trained = [(name, model) for name, model in results["models"].items() if model.get("train_seconds")]
     if trained:
         runs = ", ".join(
-            f"{escape(name)} {_count(model['train_seconds'])} s"
-            + (f" for {_plural(model['steps'], 'step')}" if model.get("steps") else "")
+            f"{escape(name)} {count(model['train_seconds'])} s"
+            + (f" for {plural(model['steps'], 'step')}" if model.get("steps") else "")
             for name, model in trained
         )
         sentences.append(f"finetuning took {runs}")
@@ -359,8 +313,8 @@ def _setup(results: dict, kind: Kind, head: str) -> str:
         for key, value in model.items():
             if key in ("description", "color_index") or value is None:
                 continue
-            facts.append(f"{key.replace('_', ' ')} {_count(value) if isinstance(value, float) else value}")
-        rows.append((f"{_dot(model)}{escape(name)}", escape("; ".join(facts))))
+            facts.append(f"{key.replace('_', ' ')} {count(value) if isinstance(value, float) else value}")
+        rows.append((f"{dot(model)}{escape(name)}", escape("; ".join(facts))))
     present = {row["selection"] for content in results["splits"].values() for row in content["rows"]}
     rows_of_all = [row for content in results["splits"].values() for row in content["rows"]]
     # The scorer stands in brackets behind a metric's name.
@@ -383,21 +337,25 @@ def _setup(results: dict, kind: Kind, head: str) -> str:
 
 def _split(evaluation: Evaluation, split: str, budget: int, head: str) -> tuple[str, str]:
     results, folder, kind = evaluation.results, evaluation.folder, evaluation.kind
-    candidates, references = evaluation.candidates[split], evaluation.references[split]
+    candidates = evaluation.candidates[split]
     content, models, prefix = results["splits"][split], results["models"], f"{results['kind']}-{split}"
     size = content.get("num_images")
-    small = f" <small>{_plural(size, kind.item)}</small>" if size else ""
+    small = f" <small>{plural(size, kind.item)}</small>" if size else ""
 
-    def figure(name: str, label: str, draw, *inputs) -> str:
-        return render(folder / "figures" / f"{split}-{name}", f"{prefix}-{name}", f"{label}, {split}", draw, *inputs)
+    def figure(name: str, label: str, draw, *inputs, data: list[dict]) -> str:
+        stem = folder / "figures" / f"{split}-{name}"
+        return render(stem, f"{prefix}-{name}", f"{label}, {split}", draw, *inputs, data=data)
 
     blocks = {
-        "Results": _main_table(content["rows"], models, split, kind),
-        "Differences": _differences(content["differences"]),
+        "Results": main_table(content["rows"], models, split, kind.calls, kind.item),
+        "Differences": differences_table(content["differences"]),
         "Comparison": _comparison(figure, content["rows"], models),
-        "Reconstruction rank": _rank_curves(figure, content, models, kind),
-        "Score and quality": _score_boxes(figure, candidates, models, kind),
-        "Gallery": _gallery(folder, split, candidates, references, models, budget, kind),
+        "Gain by choosing": gains_table(content["gains"]),
+        "Number of candidates": _count_curves(figure, content["count_curves"], models, kind),
+        "Reconstruction rank": _rank_curves(figure, content, models, kind) + trends_table(content["rank_curves"]),
+        "Score and quality": _score_boxes(figure, candidates, models, kind)
+        + correlations_table(content["correlations"]),
+        "Gallery": _gallery(evaluation, split, figure, budget),
     }
     blocks = {name: block for name, block in blocks.items() if block}
     parts = [f'<section id="{prefix}"><h2>{head}{escape(split)}{small}</h2>']
@@ -407,125 +365,6 @@ def _split(evaluation: Evaluation, split: str, budget: int, head: str) -> tuple[
         parts.append(f'<h3 id="{anchor}">{name}</h3>\n{block}')
         links.append(f'<a href="#{anchor}">{name}</a>')
     return "\n".join([*parts, "</section>"]), "".join(links)
-
-
-def _dot(model: dict) -> str:
-    return f'<i class="dot" style="background:{THEME.get(color(model), color(model))}"></i>'
-
-
-def _table(headers: list[tuple[str, bool]], rows: list[str], kind: str = "wide") -> str:
-    head = "".join(
-        f'<th scope="col"{" class=number" if numeric else ""}><button type="button">{escape(name)}</button></th>'
-        for name, numeric in headers
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table class="sortable {kind}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
-    )
-
-
-def _cell(value: float | None, text: str) -> str:
-    key = "" if value is None or not math.isfinite(value) else repr(value)
-    return f'<td class="number" data-v="{key}">{text}</td>'
-
-
-def _main_table(rows: list[dict], models: dict[str, dict], split: str, kind: Kind) -> str:
-    """What needs no scorer and the costs in one table; the same columns under each scorer in one of its own."""
-    if not rows:
-        return ""
-    costs = [
-        (name, header)
-        for name, header in (
-            ("generator_calls", kind.calls),
-            ("denoiser_calls", "denoiser calls"),
-            ("seconds", "seconds"),
-        )
-        if any(row.get(name) is not None for row in rows)
-    ]
-    order = list(models)
-    rows = sorted(rows, key=lambda row: order.index(row["model"]))
-    groups: dict[str, list[str]] = {"": []}
-    for metric in metric_names(rows):
-        groups.setdefault(_scorer(metric), []).append(metric)
-    scaled = list(dict.fromkeys(m.split(" (")[0] for metrics in groups.values() for m in metrics if scale(m) == 100))
-    how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
-    how += ", oracle rows (italic) aside, which choose with the references in hand. "
-    how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
-    how += f"Calls and seconds are per {kind.item}. " if costs else ""
-    how += "A click on a header sorts."
-    parts = [f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>']
-    for scorer, metrics in groups.items():
-        shown = [] if scorer else costs
-        if metrics or shown:
-            parts += [f"<h4>Under {escape(scorer)}</h4>"] * bool(scorer) + [_rows(rows, models, metrics, shown)]
-    return "\n".join(parts)
-
-
-def _scorer(metric: str) -> str:
-    """It stands in brackets behind a metric's name."""
-    return metric[metric.index(" (") + 2 : -1] if metric.endswith(")") and " (" in metric else ""
-
-
-def _rows(rows: list[dict], models: dict[str, dict], metrics: list[str], costs: list[tuple[str, str]]) -> str:
-    names = [name for name in ("decoding", "selection") if any(row[name] for row in rows)]
-    best = {}
-    for metric in metrics:
-        values = [
-            row["metrics"][metric]["value"]
-            for row in rows
-            if row["selection"] != "oracle" and row["metrics"].get(metric, {}).get("value") is not None
-        ]
-        if values and metric not in NO_DIRECTION:
-            best[metric] = (min if metric in LOWER_IS_BETTER else max)(values)
-    lines, previous = [], None
-    for row in rows:
-        classes = ["first"] * (row["model"] != previous) + ["bound"] * (row["selection"] == "oracle")
-        previous = row["model"]
-        cells = [f'<td class="name">{_dot(models[row["model"]])}{escape(row["model"])}</td>']
-        cells += [f'<td class="name">{escape(row[name])}</td>' for name in names]
-        for metric in metrics:
-            entry = row["metrics"].get(metric, {"value": None})
-            text = _number(entry["value"], metric)
-            if entry["value"] is not None and entry["value"] == best.get(metric) and row["selection"] != "oracle":
-                text = f"<b>{text}</b>"
-            bounds = _bounds(entry, metric)
-            text += f"<small>[{bounds[0]}, {bounds[1]}]</small>" if bounds else ""
-            cells.append(_cell(entry["value"], text))
-        cells += [_cell(row.get(name), _count(row.get(name))) for name, _ in costs]
-        lines.append(f'<tr class="{" ".join(classes)}">{"".join(cells)}</tr>')
-    headers = [(name, False) for name in ("model", *names)]
-    headers += [(metric.split(" (")[0], True) for metric in metrics] + [(header, True) for _, header in costs]
-    return _table(headers, lines)
-
-
-def _differences(differences: list[dict]) -> str:
-    if not differences:
-        return ""
-    relative = any(entry.get("relative") is not None for entry in differences)
-    p = any(entry.get("p") is not None for entry in differences)
-    lines = []
-    for entry in differences:
-        metric, value = entry["metric"], entry["value"]
-        bounds = _bounds(entry, metric)
-        text = ("+" if value is not None and value > 0 else "") + _number(value, metric)
-        text += f"<small>[{bounds[0]}, {bounds[1]}]</small>" if bounds else ""
-        cells = [f'<td class="name">{escape(entry[name])}</td>' for name in ("metric", "a", "b")]
-        cells.append(_cell(None if value is None else value * scale(metric), text))
-        if relative:
-            ratio = entry.get("relative")
-            percent = NONE if ratio is None else f"{100 * ratio:+.1f}%".replace("-", MINUS)
-            cells.append(_cell(ratio, percent))
-        if p:
-            chance = entry.get("p")
-            shown = NONE if chance is None else "< 0.001" if chance < 0.001 else f"{chance:.3f}"
-            cells.append(_cell(chance, escape(shown)))
-        lines.append(f'<tr>{"".join(cells)}<td class="reading">{escape(reading(entry))}</td></tr>')
-    headers = [("metric", False), ("a", False), ("b", False), (f"a {MINUS} b", True)]
-    headers += [("relative", True)] * relative + [("p", True)] * p + [("in words", False)]
-    return (
-        '<p class="how">How to read this: both models are compared on the same images (paired); where the '
-        "95% interval includes 0, the data do not tell them apart.</p>" + _table(headers, lines)
-    )
 
 
 def _slug(text: str) -> str:
@@ -544,7 +383,12 @@ def _comparison(figure: Callable[..., str], rows: list[dict], models: dict[str, 
     for metric in metric_names(rows):
         if any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
             name = f"comparison-{_slug(metric)}"
-            figures.append(figure(name, f"{metric} of every row", comparison, rows, metric, models))
+            data = [
+                {name: row[name] for name in ("model", "decoding", "selection")} | row["metrics"][metric]
+                for row in rows
+                if metric in row["metrics"]
+            ]
+            figures.append(figure(name, f"{metric} of every row", comparison, rows, metric, models, data=data))
     return _panels(
         "one dot per row of the table with its 95% interval; colours and markers are models; the oracle is hollow.",
         figures,
@@ -559,11 +403,33 @@ def _rank_curves(figure: Callable[..., str], content: dict, models: dict[str, di
         if any(entry["value"] is not None for curve in curves for entry in curve["values"]):
             name = f"rank-{_slug(metric)}-{_slug(selection)}"
             label = f"{metric} against the rank by {selection}"
-            figures.append(figure(name, label, rank_curves, curves, content["rows"], metric, selection, models))
+            inputs = (curves, content["rows"], metric, selection, models)
+            figures.append(figure(name, label, rank_curves, *inputs, data=_points(curves)))
     return _panels(
         f"each {kind.item}'s candidates are ranked by the score, rank 1 is the {kind.kept} that is kept; a line that "
         "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
         "sample without choice.",
+        figures,
+    )
+
+
+def _points(curves: list[dict]) -> list[dict]:
+    return [
+        {name: curve[name] for name in ("model", "selection", "metric")} | entry
+        for curve in curves
+        for entry in curve["values"]
+    ]
+
+
+def _count_curves(figure: Callable[..., str], curves: list[dict], models: dict[str, dict], kind: Kind) -> str:
+    figures = []
+    for model, metric in dict.fromkeys((curve["model"], curve["metric"]) for curve in curves):
+        of = [curve for curve in curves if (curve["model"], curve["metric"]) == (model, metric)]
+        name, label = f"counts-{_slug(metric)}-{_slug(model)}", f"{metric} of the best of n for {model}"
+        figures.append(figure(name, label, count_curves, of, metric, models[model], data=_points(of)))
+    return _panels(
+        f"what the {kind.kept} that is kept is worth if the choice is among n, the mean over all draws of n from each "
+        f"{kind.item}'s candidates. Bands are 95% intervals; the oracle chooses with the references in hand.",
         figures,
     )
 
@@ -594,6 +460,7 @@ def _score_boxes(figure: Callable[..., str], candidates: list[dict], models: dic
             f"score-{_slug(metric)}-{_slug(score)}-{_slug(name)}",
             f"{metric} in bins of {score} for {name}",
             *(score_boxes, groups, score, metric, name, models[name], top),
+            data=[_bin(place, center, values) for place, (center, values) in enumerate(groups, 1)],
         )
         for name, groups in bins.items()
     ]
@@ -603,6 +470,12 @@ def _score_boxes(figure: Callable[..., str], candidates: list[dict], models: dic
         "to the 95th percentile, the line joins the means.",
         figures,
     )
+
+
+def _bin(place: int, center: float, values: np.ndarray) -> dict:
+    names = ("5th percentile", "1st quartile", "median", "3rd quartile", "95th percentile")
+    shown = dict(zip(names, map(float, np.percentile(values, (5, 25, 50, 75, 95))), strict=True))
+    return {"bin": place, "mean score": center, "candidates": len(values), "mean": float(values.mean())} | shown
 
 
 # ---- gallery
@@ -620,19 +493,22 @@ def _outcomes(rows: list[dict], metric: str, score: str | None) -> dict[str, flo
     return {model: value for model, (_, value) in outcome.items()}
 
 
-def _choose(values: dict[str, dict[str, float]], most: int) -> list[str]:
-    """Keys taken in turn from the best, the worst and those on which the models differ most."""
+def gallery_keys(candidates: list[dict], failures: list[dict], kind: Kind, most: int) -> list[str]:
+    """Keys taken in turn from the best, the worst, those on which the models differ most, and each kind of failure."""
+    score, metric = _primary(candidates, "scores", kind.judge), _primary(candidates, "metrics", "CIDEr")
+    values = {key: _outcomes(rows, metric, score) for key, rows in _by(candidates, "key").items()}
     mean = {key: sum(v.values()) / len(v) if v else -math.inf for key, v in values.items()}
     change = {key: max(v.values()) - min(v.values()) if len(v) > 1 else 0.0 for key, v in values.items()}
     orders = [sorted(values, key=lambda k: -mean[k]), sorted(values, key=lambda k: mean[k])]
     if any(change.values()):
         orders.append(sorted(values, key=lambda k: -change[k]))
+    orders += [[row["key"] for row in found[name] if row["key"] in values] for found in failures for name in FAILURES]
     chosen: dict[str, None] = {}
-    for turn in range(min(most, len(values)) * len(orders)):
+    for order in itertools.cycle(orders):
         if len(chosen) == min(most, len(values)):
-            break
-        order = orders[turn % len(orders)]
-        chosen[next(key for key in order if key not in chosen)] = None
+            return list(chosen)
+        if (key := next((key for key in order if key not in chosen), None)) is not None:
+            chosen[key] = None
     return list(chosen)
 
 
@@ -680,28 +556,26 @@ class _Images:
         return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", small
 
 
-def _gallery(
-    folder: Path,
-    split: str,
-    candidates: list[dict],
-    references: dict,
-    models: dict[str, dict],
-    budget: int,
-    kind: Kind,
-) -> str:
+def _gallery(evaluation: Evaluation, split: str, figure: Callable[..., str], budget: int) -> str:
+    candidates, references = evaluation.candidates[split], evaluation.references[split]
     if not candidates:
         return ""
+    folder, kind, models = evaluation.folder, evaluation.kind, evaluation.results["models"]
+    failures = evaluation.results["splits"][split]["failures"]
     score, metric = _primary(candidates, "scores", kind.judge), _primary(candidates, "metrics", "CIDEr")
-    by_key: dict[str, list[dict]] = {}
-    for row in candidates:
-        by_key.setdefault(row["key"], []).append(row)
-    values = {key: _outcomes(rows, metric, score) for key, rows in by_key.items()}
-    keys = _choose(values, SHOWN_IMAGES)
+    by_key, failed = _by(candidates, "key"), {}
+    for found in failures:
+        for name in FAILURES:
+            for row in found[name]:
+                failed.setdefault(row["key"], {})[name] = None
+    keys = gallery_keys(candidates, failures, kind, SHOWN_IMAGES)
+    _sorted_rows(folder, split, figure, [by_key[key] for key in keys], references, score, metric)
     # Smaller thumbnails before fewer images; what the smallest cannot fit is left out.
     for side, quality in THUMBNAILS:
         images, cards = _Images(folder, side, quality), []
         for key in keys:
-            card = _card(key, split, by_key[key], references.get(key, []), models, images, score, metric, kind)
+            of = split, failed.get(key, ()), references.get(key, [])
+            card = _card(key, *of, by_key[key], models, images, score, metric, kind)
             if images.size > budget and cards:
                 break
             cards.append(card)
@@ -715,17 +589,18 @@ def _gallery(
         "best": "best third",
         "worst": "worst third",
         "change": "biggest change",
-    }
+    } | {name: text for name, text in FAILURES.items() if any(name in failed.get(key, ()) for key in keys)}
     controls = [
         _select("show", "show", shows),
         _select("metric", "by", {name: name for name in ([metric, *metrics] if metric else [""])}, scaled=True),
         _select("model", "model", {"": "all models", **{name: name for name in present}}),
         _select("score", "candidates by", {name: name for name in ([score, *scores] if score else [""])}),
     ]
-    note = f"{len(cards)} of {_plural(len(by_key), kind.item)}"
+    note = f"{len(cards)} of {plural(len(by_key), kind.item)}"
     if len(cards) < len(by_key):
         note += (
-            f", chosen in turn from the best, the worst and those on which the models differ most in {metric}"
+            f", chosen in turn from the best, the worst, those on which the models differ most in {metric} and "
+            "those on which score and metric disagree most"
             if metric
             else ", the first ones"
         )
@@ -736,11 +611,11 @@ def _gallery(
         if greedy
         else (f"the {kind.kept} the score keeps.")
     )
-    if any(len(group) > SHOWN_CANDIDATES for rows in by_key.values() for group in _by_model(rows).values()):
+    if any(len(group) > SHOWN_CANDIDATES for rows in by_key.values() for group in _by(rows, "model").values()):
         note += f" Of more than {SHOWN_CANDIDATES} candidates, {SHOWN_CANDIDATES} evenly spread ranks are shown."
     if images.unreadable:
-        note += f" {_plural(len(images.unreadable), 'image')} could not be read: {sorted(images.unreadable)[0]}."
-    how = f"How to read this: {kind.gallery} A click enlarges an image."
+        note += f" {plural(len(images.unreadable), 'image')} could not be read: {sorted(images.unreadable)[0]}."
+    how = f"How to read this: {kind.gallery} A click enlarges an image. For print: figures/{split}-sorted.svg."
     return (
         f'<p class="how">{how}</p><p class="note">{escape(note)}</p><div class="gallery">'
         f'<form class="controls" hidden>{"".join(controls)}<output></output></form>\n'
@@ -759,30 +634,58 @@ def _select(name: str, label: str, options: dict[str, str], scaled: bool = False
     return f'<label>{label} <select name="{name}" autocomplete="off">{items}</select></label>'
 
 
-def _by_model(rows: list[dict]) -> dict[str, list[dict]]:
+def _by(rows: list[dict], name: str) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(row["model"], []).append(row)
+        groups.setdefault(row[name], []).append(row)
     return groups
+
+
+def _sorted_rows(folder, split, figure, samples: list[list[dict]], references: dict, score, metric) -> None:
+    """The first samples that have images as a figure on disk; the page shows them in its gallery."""
+    shown, data = [], []
+    for rows in samples:
+        model = rows[0]["model"]
+        found = [row for row in rows if row["model"] == model and row.get("image") and score in row["scores"]]
+        found = sorted((row for row in found if row["decoding"] not in PINNED), key=lambda row: -row["scores"][score])
+        if len(found) < 2 or len(shown) == 4:
+            continue
+        places = sorted({round(place) for place in np.linspace(0, len(found) - 1, 6)})
+        key, candidates = rows[0]["key"], []
+        for place in places:
+            row = found[place]
+            numbers = f"{score} {short(row['scores'][score])}"
+            if metric in row["metrics"]:
+                numbers += f"\n{metric} {number(row['metrics'][metric], metric)}"
+            candidates.append((folder / row["image"], row["caption"], numbers))
+            data.append(
+                {"key": key, "model": model, "rank": place + 1, "caption": row["caption"]}
+                | {score: row["scores"][score], metric or "metric": row["metrics"].get(metric, "")}
+            )
+        text = (references.get(key) or [""])[0]
+        shown.append((folder / f"images/{split}/source/{key}.png", text, candidates))
+    if shown:
+        figure("sorted", "candidates from the best score to the worst", sorted_rows, shown, data=data)
 
 
 def _card(
     key: str,
     split: str,
-    rows: list[dict],
+    failed: Iterable[str],
     references: list[str],
+    rows: list[dict],
     models: dict[str, dict],
     images: _Images,
     score: str | None,
     metric: str | None,
     kind: Kind,
 ) -> str:
-    groups, strips = _by_model(rows), []
+    groups, strips = _by(rows, "model"), []
     for name, model in models.items():
         if name not in groups:
             continue
-        sampled = [row for row in groups[name] if row["decoding"] not in ("greedy", "beam")]
-        pinned = [row for row in groups[name] if row["decoding"] in ("greedy", "beam")]
+        sampled = [row for row in groups[name] if row["decoding"] not in PINNED]
+        pinned = [row for row in groups[name] if row["decoding"] in PINNED]
         sampled.sort(key=lambda row: -row["scores"].get(score, -math.inf))
         ranks = range(len(sampled))
         if len(sampled) > SHOWN_CANDIDATES:
@@ -792,7 +695,7 @@ def _card(
             tag = "sample" if score not in sampled[i]["scores"] else "kept" if i == 0 else f"rank {i + 1}"
             items.append(_candidate(sampled[i], images, score, metric, tag, "kept" if tag == "kept" else "", kind))
         strips.append(
-            f'<div class="strip" data-model="{escape(name)}"><h5>{_dot(model)}{escape(name)}</h5>'
+            f'<div class="strip" data-model="{escape(name)}"><h5>{dot(model)}{escape(name)}</h5>'
             f'<ol tabindex="0">{"".join(items)}</ol></div>'
         )
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
@@ -802,7 +705,8 @@ def _card(
     if kind is IMAGES and references:
         captions = captions.replace("<li>", "<li><b>", 1).replace("</li>", "</b></li>", 1)
     return (
-        f'<article class="card" data-values="{values}"><div class="source">{source}<h4>{escape(key)}</h4>'
+        f'<article class="card" data-values="{values}" data-failed="{" ".join(failed)}">'
+        f'<div class="source">{source}<h4>{escape(key)}</h4>'
         f"<ul>{captions}</ul></div><div>{''.join(strips)}</div></article>"
     )
 
@@ -814,10 +718,10 @@ def _candidate(
     also = list(kind.scores)
     numbers = {"scores": row["scores"], "metrics": row["metrics"], "names": names, "also": also}
     scores = [name for name in dict.fromkeys([score, *also]) if name in row["scores"]]
-    shown = [f"{names.get(name, name)} {_short(row['scores'][name])}" for name in scores]
+    shown = [f"{names.get(name, name)} {short(row['scores'][name])}" for name in scores]
     if metric in row["metrics"]:
         places = 0 if scale(metric) == 100 else 2
-        shown.append(f"{metric} {_number(row['metrics'][metric], metric, places)}")
+        shown.append(f"{metric} {number(row['metrics'][metric], metric, places)}")
     return (
         f'<li class="{style}" data-numbers="{escape(json.dumps(numbers))}"><div class="tag">{escape(tag)}</div>'
         f"{images.element(row.get('image'), row['caption'])}"

@@ -57,8 +57,10 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     };
     const measured = new Map(cards.map((card) => [card, measure(card)]));
     cards.sort((a, b) => compare(measured.get(a), measured.get(b), show === "worst" ? 1 : -1));
-    const shown = show === "all" ? cards.length : Math.max(1, Math.ceil(cards.length / 3));
-    cards.forEach((card, i) => (card.hidden = i >= shown));
+    const third = show === "all" ? cards.length : Math.max(1, Math.ceil(cards.length / 3));
+    const failures = show === "overrated" || show === "underrated";
+    cards.forEach((card, i) => (card.hidden = failures ? !card.dataset.failed.split(" ").includes(show) : i >= third));
+    const shown = cards.filter((card) => !card.hidden).length;
     controls.after(...cards);
     for (const card of cards) {
       for (const strip of card.querySelectorAll(".strip")) {
