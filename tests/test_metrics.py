@@ -15,7 +15,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from cyclefit.metrics.aggregation import CaptionMetrics
 from cyclefit.metrics.captions import (
-    CiderScorer,
+    CaptionScorer,
     DocumentFrequencies,
     caption_metrics,
     caption_scores,
@@ -124,7 +124,7 @@ def test_plain_cider_by_hand():
     # log2 idf: red 2, every other n-gram 4. "red cat sat" and "red cat ran" share (2, 4) of (2, 4, 4) and one
     # of two bigrams: 10/4 (20/36 + 1/2).
     frequencies = DocumentFrequencies({("red",): 4}, 16)
-    scorer = CiderScorer([["red cat ran"], ["cat dog"], ["red", "cat"]], document_frequencies=frequencies)
+    scorer = CaptionScorer([["red cat ran"], ["cat dog"], ["red", "cat"]], document_frequencies=frequencies)
     scores = scorer.score(["red cat sat", "cat cat", "cat", "cat"], [0, 1, 1, 2])
     # "cat cat": (2, 0) . (1, 1) / (2 sqrt 2), clipped to half of it. "cat": 1 / sqrt 2, one word shorter.
     # Against two references: the mean of 0 and 1 over both.
@@ -137,14 +137,14 @@ def test_plain_cider_by_hand():
 def test_cider_of_a_reference_is_ten():
     _, references = random_captions(30)
     references = [[f"{captions[0]} some thing of four words {i}"] for i, captions in enumerate(references)]
-    scores = CiderScorer(references).score([captions[0] for captions in references])
+    scores = CaptionScorer(references).score([captions[0] for captions in references])
     np.testing.assert_allclose(scores["CIDEr"], 10)
     np.testing.assert_allclose(scores["CIDEr-D"], 10)
 
 
 def test_many_candidates_per_image_are_cheap():
     candidates, references = random_captions(200)
-    scorer = CiderScorer(references, tokenizer=str)
+    scorer = CaptionScorer(references, tokenizer=str)
     single = scorer.score(candidates)
     indices = [i for i in range(200) for _ in range(10)]
     start = time.process_time()
@@ -166,22 +166,22 @@ def test_document_frequencies_are_fixed_and_described():
     half = caption_scores(candidates[:7], references[:7], document_frequencies=frequencies)
     np.testing.assert_allclose(half["CIDEr"], whole["CIDEr"][:7])
     assert describe(frequencies)["document frequencies"] == "all forty, 40 images"
-    scorer = CiderScorer(references)
+    scorer = CaptionScorer(references)
     assert scorer.describe()["document frequencies"] == "this corpus, 40 images"
     assert scorer.describe()["tokenizer"] == "cyclefit.metrics.captions.tokenize"
     with pytest.raises(ValueError, match="name 2 images, but an n-gram may occur in 3"):
-        CiderScorer(references, document_frequencies=DocumentFrequencies({("a",): 3}, 2))
+        CaptionScorer(references, document_frequencies=DocumentFrequencies({("a",): 3}, 2))
 
 
 @pytest.mark.filterwarnings("default:CIDEr over")
 def test_tiny_sets_warn():
     frequencies = document_frequencies(random_captions(30)[1])
     with pytest.warns(UserWarning, match="CIDEr over 1 images is unstable"):
-        assert CiderScorer([["a b"]]).score(["a b"])["CIDEr"] == [0]
+        assert CaptionScorer([["a b"]]).score(["a b"])["CIDEr"] == [0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        CiderScorer([["a b"]], document_frequencies=frequencies)
-        CiderScorer([["a b"]] * 20)
+        CaptionScorer([["a b"]], document_frequencies=frequencies)
+        CaptionScorer([["a b"]] * 20)
 
 
 def test_words_and_distinct():
@@ -211,7 +211,7 @@ def test_bad_captions(candidates, references, message):
 
 
 def test_bad_indices():
-    scorer = CiderScorer([["a"]] * 3)
+    scorer = CaptionScorer([["a"]] * 3)
     with pytest.raises(ValueError, match="Candidate 1 is for image 3 of only 3 images"):
         scorer.score(["a", "a"], [2, 3])
     with pytest.raises(ValueError, match="1 candidates for 3 sets"):

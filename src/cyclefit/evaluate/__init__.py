@@ -2,8 +2,9 @@
 
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.images import images
+from cyclefit.evaluate.score import score
 
-__all__ = ["JUDGES", "captions", "images", "main", "report"]
+__all__ = ["JUDGES", "captions", "images", "main", "report", "score"]
 
 
 def report(evaluations: list[str], out: str | None = None, title: str | None = None) -> int:
@@ -21,11 +22,11 @@ def report(evaluations: list[str], out: str | None = None, title: str | None = N
     return 0
 
 
-COMMANDS = {"captions": captions, "images": images, "report": report}
+COMMANDS = {"captions": captions, "images": images, "score": score, "report": report}
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `evaluate.py images` or `evaluate.py report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score` or `report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.cli import resolve_configs

@@ -40,8 +40,9 @@ from cyclefit.evaluate.common import (
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
-from cyclefit.metrics.captions import caption_metrics, caption_scores, describe, document_frequencies
+from cyclefit.metrics.captions import CaptionScorer, caption_metrics, describe, self_bleu, tokenize
 from cyclefit.metrics.clip import clip_scores, retrieval
+from cyclefit.metrics.java import Java, Unavailable
 from cyclefit.report import write_report
 from cyclefit.report.html import KINDS, gallery_keys
 from cyclefit.rerank import rerank, sample_seed, with_others
@@ -170,6 +171,7 @@ def captions(
             "machine": machine(),
             "commands": [shlex.join(["python", *sys.argv])],
             "seconds": round(time.perf_counter() - started),
+            **{name: why for result in results.values() for name, why in result.pop("missing").items()},
         },
         "models": describe_models(models, "captioner"),
         "splits": results,
@@ -243,12 +245,11 @@ def _measure(rows: list[dict], references: dict[str, list[str]], scorer: Scorer,
     keys = list(references)
     place = {key: i for i, key in enumerate(keys)}
     pairs = list(dict.fromkeys((row["caption"], row["key"]) for row in rows))
-    texts, corpus = [text for text, _ in pairs], list(references.values())
-    frequencies = document_frequencies(corpus)
-    own = [references[key] for _, key in pairs]
-    values = caption_scores(texts, own, document_frequencies=frequencies)
+    texts, places = [text for text, _ in pairs], [place[key] for _, key in pairs]
+    values = CaptionScorer(list(references.values())).score(texts, places)
     images = torch.cat([scorer.embed_images(batch.images.to(device)) for batch in stream])
-    at = torch.tensor([place[key] for _, key in pairs], device=device)
+    at = torch.tensor(places, device=device)
+    own = [references[key] for _, key in pairs]
     values |= clip_scores(scorer.embed_texts, images[at], texts, own)
     values |= retrieval(scorer.embed_texts(texts), images, at)
     rounded = {name: [round(float(value), 6) for value in column] for name, column in values.items()}
@@ -287,6 +288,8 @@ def _results(table: Rows, references: dict[str, list[str]], models, judges, part
         if len(pool[0]) < 2:
             continue
         pools[model] = pool
+        texts = [[row["caption"] for row in candidates] for candidates in pool]
+        rows[-1]["metrics"]["self-BLEU"] = {"value": float(self_bleu(texts).mean())}
         different = float(np.mean([len({row["caption"] for row in candidates}) for candidates in pool]))
         costs = {name: {k: v * different for k, v in judge.cost(partners, 1).items()} for name, judge in judges.items()}
         if SUM in pool[0][0]["scores"]:
@@ -300,6 +303,7 @@ def _results(table: Rows, references: dict[str, list[str]], models, judges, part
         best = [max(candidates, key=lambda row: row["metrics"]["CIDEr"]) for candidates in pool]
         add(model, "nucleus", "oracle", best, none, share * len(pool[0]))
 
+    missing = _add_java_metrics(rows, list(chosen.values()), references)
     ranked = [(model, judge, pool) for model, pool in pools.items() for judge in pool[0][0]["scores"]]
     judge = next(iter(judges))
     # The first judge by every metric, every judge by CIDEr.
@@ -321,14 +325,39 @@ def _results(table: Rows, references: dict[str, list[str]], models, judges, part
         ],
         "correlations": [found for (*of, pool), metric in told if (found := correlations(*of, metric, pool))],
         "failures": [failures(model, judge, "CIDEr", pool) for model, pool in pools.items()],
+        "missing": missing,
     }
+
+
+def _add_java_metrics(rows: list[dict], chosen: list[list[dict]], references: dict[str, list[str]]) -> dict[str, str]:
+    """Adds METEOR and SPICE to the table's rows; returns why one could not be."""
+    engine, missing = Java(), {}
+    place: dict[tuple[str, str], int] = {}
+    corpora = [[place.setdefault((row["caption"], row["key"]), len(place)) for row in picked] for picked in chosen]
+    texts = [tokenize(caption) for caption, _ in place]
+    tokenized = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
+    against = [tokenized[key] for _, key in place]
+    try:
+        values, _ = engine.meteor(texts, against, corpora)
+        for row, value in zip(rows, values, strict=True):
+            row["metrics"]["METEOR"] = {"value": value}
+    except Unavailable as error:
+        missing["METEOR"] = f"not computed: {error}"
+    try:
+        _, each = engine.spice(texts, against)
+        for row, places in zip(rows, corpora, strict=True):
+            row["metrics"]["SPICE"] = estimate(each[places])
+    except Unavailable as error:
+        missing["SPICE"] = f"not computed: {error}"
+    return missing
 
 
 def _metrics(picked: list[dict], corpus: list[list[str]]) -> dict:
     texts = [row["caption"] for row in picked]
     values = caption_metrics(texts, corpus)
     shown = {
-        name: {"value": values[name]} for name in ("CIDEr", "CIDEr-D", *[f"BLEU-{n}" for n in (1, 2, 3, 4)], "ROUGE-L")
+        name: {"value": values[name]}
+        for name in ("CIDEr", "CIDEr-D", *[f"BLEU-{n}" for n in (1, 2, 3, 4)], "ROUGE-L", "distinct-1", "distinct-2")
     }
     samples = {name: [row["metrics"][name] for row in picked] for name in ("CIDEr", "CIDEr-D")}
     samples["words"] = [len(text.split()) for text in texts]

@@ -36,7 +36,7 @@ from cyclefit.evaluate.common import (
 )
 from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
-from cyclefit.metrics.captions import CiderScorer, describe
+from cyclefit.metrics.captions import CaptionScorer, describe
 from cyclefit.metrics.images import features, inception, inception_distances
 from cyclefit.report import write_report
 from cyclefit.rerank import Drawings, rerank_images, sample_seed
@@ -281,7 +281,7 @@ Chosen = dict[tuple[str, str], list[dict]]
 def _choose(table: Rows, models, prompts: _Prompts, scorers: dict[str, Scorer]) -> tuple[Chosen, dict]:
     """What each selection keeps, and each model's candidates by judge, best first; adds CIDEr to the rows."""
     place = {key: i for i, key in enumerate(prompts.references)}
-    cider = CiderScorer(list(prompts.references.values()))
+    cider = CaptionScorer(list(prompts.references.values()))
     scores = cider.score([row["caption"] for row in table.rows], [place[row["key"]] for row in table.rows])["CIDEr"]
     candidates: dict[str, list[list[dict]]] = {name: [[] for _ in place] for name in models}
     for row, score in zip(table.rows, scores, strict=True):

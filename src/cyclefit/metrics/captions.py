@@ -4,26 +4,33 @@ Every score is on the scale of pycocoevalcap: BLEU and ROUGE-L in [0, 1], CIDEr 
 100, as the field does: a CIDEr of 1.22 is "CIDEr 122".
 """
 
+import json
 import math
+import pickle
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.rouge.rouge import Rouge
+
+from cyclefit import UserError
 
 Ngram = tuple[str, ...]
 Tokenizer = Callable[[str], str]
 
 MAX_ORDER = 4
 CIDER_SIGMA = 6.0
+ROUGE_BETA = 1.2
 THIS_CORPUS = "this corpus"
 BLEU = [f"BLEU-{order}" for order in range(1, MAX_ORDER + 1)]
 MIN_IMAGES = 20
 """Below this many images the document frequencies of a corpus are too coarse for CIDEr."""
+_MASK = 2**32 - 1
+_PART = 20_000
+"""Candidates scored at a time, which bounds the memory."""
 
 # coco-caption's list. It names brackets in upper case (-LRB-) but tokenizes to lower case, so that they stay
 # in its captions as the words -lrb- and -rrb-, and so they do here.
@@ -102,6 +109,46 @@ class DocumentFrequencies(NamedTuple):
     """What `describe` calls them, for example "COCO val2014"."""
 
 
+def read_document_frequencies(path: Path) -> DocumentFrequencies:
+    """Document frequencies from a file: `{"images": 40504, "document_frequency": {"a dog": 17, ...}}` as JSON, or the
+    field's `coco-val-df.p` as it is (`document_frequency` with tuples of words, `ref_len` the number of images).
+
+    Of a pickle only dictionaries, tuples, strings and numbers are read; whatever else it names is refused and not run.
+
+    Raises:
+        UserError: the file is neither, or does not hold what it should.
+
+    """
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open("rb") as file:
+                content = _Plain(file, encoding="latin-1").load()
+        images = content.get("images", content.get("ref_len"))
+        counts = {tuple(k.split(" ")) if isinstance(k, str) else k: v for k, v in content["document_frequency"].items()}
+        if not all(isinstance(k, tuple) and isinstance(v, int | float) for k, v in counts.items()):
+            raise ValueError("an n-gram or its count is of another type")
+        return DocumentFrequencies(counts, int(images), path.name)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path} with document frequencies") from None
+    except (ValueError, TypeError, KeyError, AttributeError, EOFError, IndexError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f'{path} holds no document frequencies ({error}): it should be JSON, {{"images": N, '
+            '"document_frequency": {"a dog": n, ...}}, or a file like coco-val-df.p'
+        ) from None
+
+
+class _Plain(pickle.Unpickler):
+    """Reads containers of strings and numbers, runs nothing."""
+
+    def find_class(self, module: str, name: str):
+        allowed = {"defaultdict": defaultdict, "dict": dict, "int": int, "float": float}
+        if module in ("collections", "builtins", "__builtin__") and name in allowed:
+            return allowed[name]
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
 def document_frequencies(
     references: Iterable[Sequence[str]], *, tokenizer: Tokenizer = tokenize, name: str = "given"
 ) -> DocumentFrequencies:
@@ -117,10 +164,11 @@ def document_frequencies(
     return DocumentFrequencies(counts, len(references), name)
 
 
-class CiderScorer:
-    """CIDEr and CIDEr-D of any number of candidates against fixed references, whose vectors are kept.
+class CaptionScorer:
+    """BLEU, ROUGE-L, CIDEr and CIDEr-D of any number of candidates against fixed references, which are read once.
 
-    With g^n(s) the tf-idf vector of the n-grams of s, idf = log(images) - log(max(1, document frequency)),
+    BLEU-1..4 and ROUGE-L are pycocoevalcap's (docs/metrics.md). With g^n(s) the tf-idf vector of the n-grams of s,
+    idf = log(images) - log(max(1, document frequency)),
 
         CIDEr(c, S)   = 10/4 sum_n mean_j  g^n(c) . g^n(s_j) / (|g^n(c)| |g^n(s_j)|)
         CIDEr-D(c, S) = 10/4 sum_n mean_j  exp(-(l(c) - l(s_j))^2 / (2 * 6^2))
@@ -128,9 +176,9 @@ class CiderScorer:
 
     (Vedantam et al. 2015, arXiv 1411.5726). The factor 10, which the paper gives to CIDEr-D only, is on both,
     as in the authors' code. The paper stems the words; their code does not, nor does this. CIDEr-D is what
-    pycocoevalcap and the COCO server call "CIDEr". Scores are in [0, 10].
+    pycocoevalcap and the COCO server call "CIDEr". CIDEr is in [0, 10], the others in [0, 1].
 
-    Without `document_frequencies` they are those of `references`: the scores are 0 for a single image and
+    Without `document_frequencies` they are those of `references`: CIDEr is 0 for a single image and
     unstable on tiny sets (a warning below 20 images). `tokenizer` maps a caption to words joined by spaces;
     with `str` captions are taken as they are. Raises ValueError where `references` are empty or no lists.
     """
@@ -144,7 +192,13 @@ class CiderScorer:
     ):
         _check_references(references)
         self.tokenizer = tokenizer
-        counts = [[self._counts(caption) for caption in captions] for captions in references]
+        counts = [len(captions) for captions in references]
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        texts = [tokenizer(caption) for captions in references for caption in captions]
+        self._split = [text.split(" ") for text in texts]
+        self._words: dict[str, int] = {}
+        self._lengths, grams, self._tables = _ngram_counts(texts, self._words, [])
+        image = np.arange(len(references)).repeat(counts)
         if document_frequencies is None:
             if len(references) < MIN_IMAGES:
                 warnings.warn(
@@ -152,78 +206,174 @@ class CiderScorer:
                     f"give `document_frequencies` or score at least {MIN_IMAGES} images.",
                     stacklevel=2,
                 )
-            occurrences = Counter(ngram for image in counts for ngram in set().union(*image))
-            document_frequencies = DocumentFrequencies(occurrences, len(references), THIS_CORPUS)
-        elif document_frequencies.images < (most := max(document_frequencies.counts.values(), default=1)):
-            raise ValueError(
-                f"The document frequencies name {document_frequencies.images} images, "
-                f"but an n-gram may occur in {most}: give the number of images they were counted over."
-            )
+            document_frequencies = DocumentFrequencies({}, len(references), THIS_CORPUS)
+            self._occurrences = [
+                np.bincount(np.unique(image[owner] << 32 | gram) & _MASK, minlength=len(table))
+                for (owner, gram, _), table in zip(grams, self._tables, strict=True)
+            ]
+        else:
+            self._occurrences = None
+            if document_frequencies.images < (most := max(document_frequencies.counts.values(), default=1)):
+                raise ValueError(
+                    f"The document frequencies name {document_frequencies.images} images, "
+                    f"but an n-gram may occur in {most}: give the number of images they were counted over."
+                )
         self.document_frequencies = document_frequencies
-        self._log_images = math.log(document_frequencies.images)
-        self._images = [self._index([self._vector(caption) for caption in image]) for image in counts]
+        # Per order, sorted by image and n-gram: what each reference has of it, and the most that one reference has.
+        self._postings = []
+        for (owner, gram, count), idf in zip(grams, self._idf(self._tables, self._words), strict=True):
+            weight = count * idf[gram]
+            norm = np.sqrt(np.bincount(owner, weight**2, minlength=len(texts)))
+            key = image[owner] << 32 | gram
+            order = np.argsort(key, kind="stable")
+            key = key[order]
+            starts = np.flatnonzero(np.diff(key, prepend=-1))
+            most = np.maximum.reduceat(count[order], starts) if len(key) else count
+            self._postings.append((key, owner[order], weight[order], norm, key[starts], most))
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._first) - 1
 
     def score(self, candidates: Sequence[str], indices: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-        """Scores "CIDEr" and "CIDEr-D", each (len(candidates),), of candidate i against image `indices[i]`.
+        """Each sentence's "BLEU-1".."BLEU-4", "ROUGE-L", "CIDEr" and "CIDEr-D", each (len(candidates),).
 
-        Without `indices` there is one candidate per image, in order. Raises ValueError where lengths differ,
-        an index is out of range or a candidate is no string.
+        Candidate i is scored against image `indices[i]`; without them there is one candidate per image, in order.
+        Raises ValueError where lengths differ, an index is out of range or a candidate is no string.
         """
+        return self.measure(candidates, indices)[0]
+
+    def measure(
+        self, candidates: Sequence[str], indices: Sequence[int] | None = None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """`score`'s, and the counts (len(candidates), 10) whose sum over a corpus `bleu` makes corpus BLEU of."""
         indices = range(len(self)) if indices is None else indices
         if len(candidates) != len(indices):
             raise ValueError(f"There are {len(candidates)} candidates for {len(indices)} sets of references.")
         _check_candidates(candidates)
-        scores = np.zeros((2, len(candidates)))
-        for position, (candidate, index) in enumerate(zip(candidates, indices, strict=True)):
+        for position, index in enumerate(indices):
             if not 0 <= index < len(self):
                 raise ValueError(f"Candidate {position} is for image {index} of only {len(self)} images.")
-            scores[:, position] = self._score(candidate, *self._images[index])
-        return {"CIDEr": scores[0], "CIDEr-D": scores[1]}
+        image = np.array(indices, dtype=np.int64)
+        texts = [self.tokenizer(candidate) for candidate in candidates]
+        parts = [self._measure(texts[i : i + _PART], image[i : i + _PART]) for i in range(0, len(texts), _PART)]
+        counts = np.concatenate([counts for _, counts in parts]) if parts else np.zeros((0, 10))
+        scores = dict(zip(BLEU, bleu(counts).T, strict=True))
+        scores["ROUGE-L"] = np.array([self._rouge(text, i) for text, i in zip(texts, indices, strict=True)])
+        cider = np.concatenate([cider for cider, _ in parts], axis=1) if parts else np.zeros((2, 0))
+        return scores | dict(zip(("CIDEr", "CIDEr-D"), cider, strict=True)), counts
 
-    def _counts(self, caption: str) -> Counter:
-        return Counter(_ngrams(self.tokenizer(caption).split()))
+    def _measure(self, texts: list[str], image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """CIDEr and CIDEr-D (2, n), and BLEU's counts (n, 10): matches, n-grams, words, words of the closest length."""
+        words = dict(self._words)
+        lengths, grams, tables = _ngram_counts(texts, words, self._tables)
+        count = len(texts)
+        cider, correct = np.zeros((2, count)), np.zeros((count, MAX_ORDER))
+        for n, ((owner, gram, times), idf) in enumerate(zip(grams, self._idf(tables, words), strict=True)):
+            keys, reference, weights, norms, distinct, most = self._postings[n]
+            key, weight = image[owner] << 32 | gram, times * idf[gram]
+            norm = np.sqrt(np.bincount(owner, weight**2, minlength=count))
+            place = np.searchsorted(distinct, key)
+            known = place < len(distinct)
+            known[known] = distinct[place[known]] == key[known]
+            matched = np.minimum(times[known], most[place[known]])
+            correct[:, n] = np.bincount(owner[known], matched, minlength=count)
+            # Every pair of a candidate's n-gram and a reference that has it.
+            low = np.searchsorted(keys, key)
+            pairs = np.searchsorted(keys, key, side="right") - low
+            mine = np.arange(len(key)).repeat(pairs)
+            theirs = np.arange(len(mine)) + (low - (np.cumsum(pairs) - pairs)).repeat(pairs)
+            mine, theirs = (side[(weight[mine] != 0) & (weights[theirs] != 0)] for side in (mine, theirs))
+            caption, candidate = reference[theirs], owner[mine]
+            cosine = weights[theirs] / (norm[candidate] * norms[caption])
+            far = np.exp(-((lengths[candidate] - self._lengths[caption]) ** 2) / (2 * CIDER_SIGMA**2))
+            cider[0] += np.bincount(candidate, weight[mine] * cosine, minlength=count)
+            clipped = np.minimum(weight[mine], weights[theirs])
+            cider[1] += np.bincount(candidate, clipped * cosine * far, minlength=count)
+        first, last = self._first[image], self._first[image + 1]
+        possible = np.maximum(0, lengths[:, None] - np.arange(MAX_ORDER))
+        closest = [
+            min((abs(other - own), other) for other in self._lengths[i:j].tolist())[1]
+            for own, i, j in zip(lengths.tolist(), first, last, strict=True)
+        ]
+        counts = np.concatenate([correct, possible, np.stack([lengths, closest], axis=1)], axis=1)
+        return cider * 10 / (MAX_ORDER * (last - first)), counts
 
-    def _vector(self, counts: Counter) -> tuple[dict[Ngram, float], list[float], int]:
-        frequency = self.document_frequencies.counts
-        weights = {
-            ngram: count * (self._log_images - math.log(max(1, frequency.get(ngram, 0))))
-            for ngram, count in counts.items()
-        }
-        squares = [0.0] * MAX_ORDER
-        for ngram, weight in weights.items():
-            squares[len(ngram) - 1] += weight * weight
-        length = sum(count for ngram, count in counts.items() if len(ngram) == 1)
-        return weights, [math.sqrt(square) for square in squares], length
+    def _idf(self, tables: list[np.ndarray], words: dict[str, int]) -> list[np.ndarray]:
+        if self._occurrences is not None:
+            found = [np.zeros(len(table)) for table in tables]
+            for counts, occurrences in zip(found, self._occurrences, strict=True):
+                counts[: len(occurrences)] = occurrences
+        else:
+            frequency, names, found = self.document_frequencies.counts, list(words), []
+            ngrams: list[Ngram] = [()]
+            for n, table in enumerate(tables):
+                prefix, word = (table >> 32, table & _MASK) if n else (table * 0, table)
+                ngrams = [(*ngrams[i], names[j]) for i, j in zip(prefix.tolist(), word.tolist(), strict=True)]
+                found.append(np.array([frequency.get(ngram, 0) for ngram in ngrams], dtype=float))
+        log_images = math.log(self.document_frequencies.images)
+        return [log_images - np.log(np.maximum(1, counts)) for counts in found]
 
-    @staticmethod
-    def _index(vectors: list) -> tuple[dict[Ngram, list[tuple[int, float]]], list[list[float]], list[int]]:
-        """One image's references: for each n-gram its (reference, weight) pairs; the norms; the lengths."""
-        postings: dict[Ngram, list[tuple[int, float]]] = {}
-        for j, (weights, _, _) in enumerate(vectors):
-            for ngram, weight in weights.items():
-                postings.setdefault(ngram, []).append((j, weight))
-        return postings, [norms for _, norms, _ in vectors], [length for _, _, length in vectors]
-
-    def _score(self, candidate: str, postings: dict, norms: list, lengths: list) -> tuple[float, float]:
-        weights, candidate_norms, length = self._vector(self._counts(candidate))
-        penalties = [math.exp(-((length - other) ** 2) / (2 * CIDER_SIGMA**2)) for other in lengths]
-        plain = defended = 0.0
-        for ngram, weight in weights.items():
-            order = len(ngram) - 1
-            for j, reference in postings.get(ngram, ()):
-                if weight and reference:
-                    cosine = reference / (candidate_norms[order] * norms[j][order])
-                    plain += weight * cosine
-                    defended += min(weight, reference) * cosine * penalties[j]
-        scale = 10 / (MAX_ORDER * len(lengths))
-        return plain * scale, defended * scale
+    def _rouge(self, text: str, index: int) -> float:
+        """The F-measure, beta = 1.2, of the best precision and the best recall over the references."""
+        own = text.split(" ")
+        masks: dict[str, int] = {}
+        for i, word in enumerate(own):
+            masks[word] = masks.get(word, 0) | 1 << i
+        precision = recall = 0.0
+        for other in self._split[self._first[index] : self._first[index + 1]]:
+            # The longest common subsequence in bits (Hyyrö 2004): one that is 0 in `row` is a step of it.
+            row = full = (1 << len(own)) - 1
+            for word in other:
+                if hit := row & masks.get(word, 0):
+                    row = ((row + hit) | (row - hit)) & full
+            length = len(own) - row.bit_count()
+            precision, recall = max(precision, length / len(own)), max(recall, length / len(other))
+        if not precision:
+            return 0.0
+        return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
 
     def describe(self) -> dict[str, str]:
         """What these scores depend on, for the head of a table: tokenizer and document frequencies."""
         return describe(self.document_frequencies, tokenizer=self.tokenizer)
+
+
+def _ngram_counts(
+    texts: list[str], words: dict[str, int], references: list[np.ndarray]
+) -> tuple[np.ndarray, list, list[np.ndarray]]:
+    """Lengths of texts, and per order the (text, n-gram, count) of each, and the table of n-grams.
+
+    An n-gram's id is its place in the table; its key there is the id of its first n - 1 words and its last word.
+    Tables are the `references`', followed by what only `texts` have; new words are added to `words`.
+    """
+    split = [text.split() for text in texts]
+    lengths = np.array([len(row) for row in split], dtype=np.int64)
+    flat = np.array([words.setdefault(word, len(words)) for row in split for word in row], dtype=np.int64)
+    text = np.arange(len(texts)).repeat(lengths)
+    left = (np.cumsum(lengths).repeat(lengths) - np.arange(len(flat))) if len(flat) else flat
+    at, key, grams, tables = np.arange(len(flat)), flat, [], []
+    for n in range(MAX_ORDER):
+        known = references[n] if references else flat[:0]
+        place = np.searchsorted(known, key)
+        new = place == len(known)
+        new[~new] = known[place[~new]] != key[~new]
+        fresh = np.unique(key[new])
+        place[new] = len(known) + np.searchsorted(fresh, key[new])
+        tables.append(np.concatenate([known, fresh]))
+        pair, count = np.unique(text[at] << 32 | place, return_counts=True)
+        grams.append((pair >> 32, pair & _MASK, count))
+        longer = left[at] > n + 1
+        at = at[longer]
+        key = place[longer] << 32 | flat[at + n + 1]
+    return lengths, grams, tables
+
+
+def bleu(counts: np.ndarray) -> np.ndarray:
+    """BLEU-1..4 (..., 4) of a sentence's counts (..., 10), or of their sum over a corpus (Papineni et al. 2002)."""
+    correct, possible, words, closest = np.split(counts, (4, 8, 9), axis=-1)
+    # pycocoevalcap's small numbers.
+    precision = (correct + 1e-15) / (possible + 1e-9)
+    ratio = (words + 1e-15) / (closest + 1e-9)
+    return np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_ORDER + 1)) * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
 def describe(
@@ -246,11 +396,12 @@ def caption_scores(
 ) -> dict[str, np.ndarray]:
     """Per-sample "BLEU-1".."BLEU-4" (sentence BLEU), "ROUGE-L", "CIDEr" and "CIDEr-D", each (samples,).
 
-    BLEU and ROUGE-L are pycocoevalcap's. For several candidates per image, repeat its references and give
-    `document_frequencies`, or use a `CiderScorer`. Raises ValueError where lengths differ or references are
+    For several candidates per image use a `CaptionScorer`. Raises ValueError where lengths differ or references are
     empty or of the wrong type, naming the index.
     """
-    return _scores(candidates, references, document_frequencies, tokenizer)[0]
+    check_pairs(candidates, references)
+    scorer = CaptionScorer(references, document_frequencies=document_frequencies, tokenizer=tokenizer)
+    return scorer.score(candidates)
 
 
 def caption_metrics(
@@ -266,33 +417,52 @@ def caption_metrics(
     "distinct-n" the number of different n-grams of all candidates over the number of all of them, in [0, 1]
     (Li et al. 2016, arXiv 1510.03055). Raises ValueError as `caption_scores`.
     """
-    scores, bleu, words = _scores(candidates, references, document_frequencies, tokenizer)
-    metrics = dict(zip(BLEU, map(float, bleu), strict=True))
+    check_pairs(candidates, references)
+    scorer = CaptionScorer(references, document_frequencies=document_frequencies, tokenizer=tokenizer)
+    return corpus_metrics(*scorer.measure(candidates), [tokenizer(candidate).split() for candidate in candidates])
+
+
+def corpus_metrics(scores: Mapping[str, np.ndarray], counts: np.ndarray, words: list[list[str]]) -> dict[str, float]:
+    """`caption_metrics` of what `CaptionScorer.measure` found, and the candidates' words."""
+    metrics = dict(zip(BLEU, map(float, bleu(counts.sum(0))), strict=True))
     metrics |= {name: float(scores[name].mean()) for name in ("ROUGE-L", "CIDEr", "CIDEr-D")}
     metrics["words"] = sum(map(len, words)) / len(words)
     for order in (1, 2):
-        ngrams = [ngram for caption in words for ngram in _ngrams(caption) if len(ngram) == order]
+        ngrams = [tuple(row[i : i + order]) for row in words for i in range(len(row) - order + 1)]
         metrics[f"distinct-{order}"] = len(set(ngrams)) / max(1, len(ngrams))
     return metrics
 
 
-def _scores(
-    candidates: Sequence[str],
-    references: Sequence[Sequence[str]],
-    document_frequencies: DocumentFrequencies | None,
-    tokenizer: Tokenizer,
-) -> tuple[dict[str, np.ndarray], list[float], list[list[str]]]:
-    """Per-sample scores, corpus BLEU-1..4, and the words of each candidate."""
-    check_pairs(candidates, references)
-    candidates = [tokenizer(candidate) for candidate in candidates]
-    references = [[tokenizer(caption) for caption in captions] for captions in references]
-    results = {i: [candidate] for i, candidate in enumerate(candidates)}
-    truths = dict(enumerate(references))
-    bleu, sentence_bleu = Bleu(MAX_ORDER).compute_score(truths, results, verbose=0)
-    scores = {name: np.array(values) for name, values in zip(BLEU, sentence_bleu, strict=True)}
-    scores["ROUGE-L"] = Rouge().compute_score(truths, results)[1]
-    cider = CiderScorer(references, document_frequencies=document_frequencies, tokenizer=str)
-    return scores | cider.score(candidates), bleu, [candidate.split() for candidate in candidates]
+def self_bleu(groups: Sequence[Sequence[str]], *, tokenizer: Tokenizer = tokenize) -> np.ndarray:
+    """Self-BLEU (groups,): mean BLEU-4 of each of an image's captions against its other ones; lower is more diverse.
+
+    (Zhu et al., SIGIR 2018, arXiv 1802.01886, there over a whole corpus.) Raises ValueError where a group has fewer
+    than two captions.
+    """
+    if short := [i for i, captions in enumerate(groups) if len(captions) < 2]:
+        raise ValueError(f"Self-BLEU needs two captions of an image; group {short[0]} has {len(groups[short[0]])}.")
+    sizes = [len(captions) for captions in groups]
+    texts = [tokenizer(caption) for captions in groups for caption in captions]
+    group, count = np.arange(len(groups)).repeat(sizes), len(texts)
+    lengths, grams, _ = _ngram_counts(texts, {}, [])
+    correct = np.zeros((count, MAX_ORDER))
+    for n, (owner, gram, times) in enumerate(grams):
+        # What the others have at most: the group's most, or the next most where that is a caption's own.
+        order = np.lexsort((-times, group[owner] << 32 | gram))
+        owner, gram, times = owner[order], gram[order], times[order]
+        first = np.diff(group[owner] << 32 | gram, prepend=-1) != 0
+        start = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+        follows = np.append(~first[1:], False)
+        others = np.where(first, np.where(follows, np.append(times[1:], 0), 0), times[start])
+        correct[:, n] = np.bincount(owner, np.minimum(times, others), minlength=count)
+    possible = np.maximum(0, lengths[:, None] - np.arange(MAX_ORDER))
+    closest = []
+    for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+        own = lengths[start : start + size].tolist()
+        for i, length in enumerate(own):
+            closest.append(min((abs(other - length), other) for j, other in enumerate(own) if j != i)[1])
+    values = bleu(np.concatenate([correct, possible, np.stack([lengths, closest], axis=1)], axis=1))[:, -1]
+    return np.bincount(group, values) / sizes
 
 
 def check_pairs(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> None:

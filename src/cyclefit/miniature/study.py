@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.loading import freeze
-from cyclefit.metrics.captions import CiderScorer
+from cyclefit.metrics.captions import CaptionScorer
 from cyclefit.metrics.statistics import seed_interval
 from cyclefit.miniature import WEIGHTS
 from cyclefit.rerank import sample_seed
@@ -120,7 +120,7 @@ def per_image(captioner, split: Path, samples: int = 4) -> dict[str, dict[str, l
         for name, decoding in decodings.items():
             texts[name] += captioner.sample(batch.images, decoding, seeds)
         references += batch.references
-    scorer, result = CiderScorer(references), {}
+    scorer, result = CaptionScorer(references), {}
     for name, rows in texts.items():
         flat, images = zip(*[(text, i) for i, row in enumerate(rows) for text in row], strict=True)
         cider = 100 * scorer.score(list(flat), list(images))["CIDEr"].reshape(len(rows), -1).mean(1)

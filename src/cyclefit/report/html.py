@@ -157,6 +157,8 @@ IMAGES = Kind(
     scores={"text cycle": "text cycle", "image-text": "image-text"},
 )
 FAILURES = {"overrated": "failures: high score, low metric", "underrated": "failures: low score, high metric"}
+TABLE_ONLY = {"CIDEr-D", "BLEU-1", "BLEU-2", "BLEU-3", "R@5", "R@10", "distinct-1", "distinct-2", "self-BLEU"}
+"""Metrics whose figure would say what that of a sibling says."""
 PINNED = ("greedy", "beam")
 """Decodings of one caption, which stand before the sampled ones."""
 KINDS = {"captions": CAPTIONS, "images": IMAGES}
@@ -381,7 +383,8 @@ def _panels(how: str, figures: list[str]) -> str:
 def _comparison(figure: Callable[..., str], rows: list[dict], models: dict[str, dict]) -> str:
     figures = []
     for metric in metric_names(rows):
-        if any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
+        drawn = metric.split(" (")[0] not in TABLE_ONLY
+        if drawn and any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
             name = f"comparison-{_slug(metric)}"
             data = [
                 {name: row[name] for name in ("model", "decoding", "selection")} | row["metrics"][metric]

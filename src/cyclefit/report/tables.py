@@ -6,7 +6,7 @@ from html import escape
 from cyclefit.report.figures import THEME, color, metric_names, scale
 
 NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID", "captioner NLL"}
+LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU"}
 NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
 

@@ -1,0 +1,65 @@
+"""Caption metrics against pycocoevalcap's, on the same tokens: `python -m benchmarks.metrics`.
+
+BLEU, ROUGE-L, CIDEr and CIDEr-D of 5,000 images with five references each; pycocoevalcap has no plain CIDEr, so its
+time is that of the other three. An image's captions are variations of one sentence, words drawn by Zipf's law, so that
+lengths and the number of different n-grams are about COCO's.
+"""
+
+import argparse
+import random
+import time
+
+import numpy as np
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from cyclefit.metrics.captions import BLEU, CaptionScorer, bleu
+
+
+def captions(images: int, references: int) -> tuple[list[str], list[list[str]]]:
+    """Candidates and references of images: variations of a sentence of the image's own."""
+    rng = random.Random(0)
+    vocabulary = [f"w{i}" for i in range(8000)]
+    weights = np.cumsum(1 / np.arange(1, 8001)).tolist()
+
+    def sentence() -> list[str]:
+        return rng.choices(vocabulary, cum_weights=weights, k=max(5, round(rng.gauss(10.5, 2.4))))
+
+    def variation(words: list[str]) -> str:
+        return " ".join(rng.choice(vocabulary[:400]) if rng.random() < 0.4 else word for word in words)
+
+    themes = [sentence() for _ in range(images)]
+    return [variation(t) for t in themes], [[variation(t) for _ in range(references)] for t in themes]
+
+
+def main() -> None:
+    """Prints both times and their ratio, and the greatest difference of a score."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--references", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    candidates, references = captions(options.images, options.references)
+    results, truths = {i: [c] for i, c in enumerate(candidates)}, dict(enumerate(references))
+    rounds = []
+    for _ in range(options.rounds):
+        start = time.perf_counter()
+        corpus, sentences = Bleu(4).compute_score(truths, results, verbose=0)
+        theirs = dict(zip(BLEU, sentences, strict=True))
+        theirs["ROUGE-L"] = Rouge().compute_score(truths, results)[1]
+        theirs["CIDEr-D"] = Cider().compute_score(truths, results)[1]
+        middle = time.perf_counter()
+        ours, counts = CaptionScorer(references, tokenizer=str).measure(candidates)
+        rounds.append((middle - start, time.perf_counter() - middle))
+    far = max(np.abs(ours[name] - theirs[name]).max() for name in theirs)
+    far = max(far, np.abs(bleu(counts.sum(0)) - corpus).max())
+    words = np.mean([len(text.split()) for row in references for text in row])
+    print(f"{options.images} images, {options.references} references of {words:.1f} words, best of {options.rounds}")
+    theirs, ours = (min(column) for column in zip(*rounds, strict=True))
+    print(f"pycocoevalcap {theirs:.2f} s, cyclefit {ours:.2f} s: {theirs / ours:.1f} times as fast")
+    print(f"greatest difference of a score {far:.1e}")
+
+
+if __name__ == "__main__":
+    main()

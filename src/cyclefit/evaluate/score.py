@@ -1,0 +1,295 @@
+"""Scores of captions in plain files: every caption metric, without a model."""
+
+import importlib.metadata
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cyclefit import UserError
+from cyclefit.metrics.captions import (
+    CaptionScorer,
+    corpus_metrics,
+    describe,
+    read_document_frequencies,
+    self_bleu,
+    tokenize,
+)
+from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
+from cyclefit.scorers import Scorer
+
+SHOWN = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "SPICE", "CLIPScore",
+         "RefCLIPScore", "R@1", "R@5", "R@10", "words", "distinct-1", "distinct-2", "self-BLEU"]  # fmt: skip
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def score(
+    candidates: str,
+    references: str,
+    out: str | None = None,
+    tokenizer: Literal["own", "ptb"] = "own",
+    document_frequencies: str | None = None,
+    subset: bool = False,
+    java: bool = True,
+    corenlp: str | None = None,
+    fetch_corenlp: bool = False,
+    java_heap: str | None = None,
+    java_timeout: float = 3600.0,
+    images: str | None = None,
+    scorer: Scorer | None = None,
+) -> int:
+    """Scores captions in a file against reference captions in another, by every caption metric.
+
+    What is missing for a metric (Java, CoreNLP, images) is said in its row; the others are computed.
+
+    Args:
+        candidates: JSON: {image id: caption}, {image id: [captions]} or COCO results [{image_id, caption}].
+        references: JSON: {image id: [captions]}, or COCO annotations {images, annotations}.
+        out: a JSON file of the scores, of the corpus and of each image.
+        tokenizer: ours, or Stanford's by Java, which agree on COCO's captions.
+        document_frequencies: a file of them for CIDEr, `coco-val-df.p` or JSON; those of the references if not given.
+        subset: score only the images that have a candidate.
+        java: compute METEOR and SPICE.
+        corenlp: the folder of CoreNLP 3.6.0, for SPICE.
+        fetch_corenlp: fetch it (370 MB) if it is not there.
+        java_heap: memory of Java, as `8G`; 2G for METEOR and 8G for SPICE if not given.
+        java_timeout: seconds that METEOR or SPICE may take.
+        images: the folder of the images, for CLIPScore and retrieval: COCO's file names, else image id and suffix.
+        scorer: CLIP, for the same.
+
+    """
+    if (images is None) != (scorer is None):
+        raise UserError("CLIPScore needs both the images' folder and a scorer: give --images and --scorer, or neither")
+    files = _read_files(Path(candidates), Path(references), subset)
+    engine = Java(java_heap, java_timeout, Path(corenlp) if corenlp else None)
+    tokenized = tokenize if tokenizer == "own" else _by_java(engine, files)
+    frequencies = read_document_frequencies(Path(document_frequencies)) if document_frequencies else None
+
+    owner = [i for i, captions in enumerate(files.candidates) for _ in captions]
+    texts = [text for captions in files.candidates for text in captions]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        measured = CaptionScorer(files.references, document_frequencies=frequencies, tokenizer=tokenized)
+    values, counts = measured.measure(texts, owner)
+    corpus = corpus_metrics(values, counts, [tokenized(text).split() for text in texts])
+    unavailable: dict[str, str] = {}
+
+    def add(name: str, compute: Callable[[], tuple[float, np.ndarray]]) -> None:
+        try:
+            corpus[name], values[name] = compute()
+        except Unavailable as error:
+            unavailable[name] = str(error)
+
+    if java:
+        own = [tokenized(text) for text in texts]
+        truths = [[tokenized(text) for text in captions] for captions in files.references]
+        against = [truths[i] for i in owner]
+        add("METEOR", lambda: _meteor(engine, own, against))
+        add("SPICE", lambda: _spice(engine, fetch_corenlp, own, against))
+    if min(map(len, files.candidates)) > 1:
+        corpus["self-BLEU"] = float(self_bleu(files.candidates, tokenizer=tokenized).mean())
+    else:
+        unavailable["self-BLEU"] = "it needs several candidates of each image"
+    if scorer is not None:
+        of_clip = _clip(Path(images), files, scorer, texts, owner)
+        values |= of_clip
+        corpus |= {name: float(column.mean()) for name, column in of_clip.items()}
+    else:
+        unavailable["CLIPScore"] = "it needs --images and --scorer"
+
+    dependence = describe(measured.document_frequencies, tokenizer=tokenized)
+    result = {
+        "metadata": {
+            **(dependence if tokenizer == "own" else dependence | {"tokenizer": "PTB, Stanford CoreNLP 3.4.1"}),
+            "scorer": scorer.name if scorer is not None else None,
+            "versions": {name: importlib.metadata.version(name) for name in ("cyclefit", "pycocoevalcap")},
+            "candidates": candidates,
+            "references": references,
+            "images": len(files.ids),
+            "captions": len(texts),
+        },
+        "corpus": corpus,
+        "unavailable": unavailable,
+        "images": {
+            key: {name: [round(float(column[i]), 9) for i in places] for name, column in values.items()}
+            for key, places in zip(files.ids, _places(owner), strict=True)
+        },
+    }
+    for warning in caught:
+        result["metadata"].setdefault("warnings", []).append(str(warning.message))
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+    _print(result)
+    return 0
+
+
+def _places(owner: list[int]) -> list[list[int]]:
+    places = [[] for _ in range(owner[-1] + 1)]
+    for i, image in enumerate(owner):
+        places[image].append(i)
+    return places
+
+
+def _meteor(engine: Java, own: list[str], against: list[list[str]]) -> tuple[float, np.ndarray]:
+    [corpus], each = engine.meteor(own, against, [range(len(own))])
+    return corpus, each
+
+
+def _spice(engine: Java, fetch: bool, own: list[str], against: list[list[str]]) -> tuple[float, np.ndarray]:
+    if fetch and engine.corenlp is None:
+        fetch_corenlp()
+    return engine.spice(own, against)
+
+
+def _by_java(engine: Java, files: "Files") -> Callable[[str], str]:
+    texts = list(dict.fromkeys(t for rows in (files.candidates, files.references) for row in rows for t in row))
+    return dict(zip(texts, engine.tokenize(texts), strict=True)).__getitem__
+
+
+def _clip(folder: Path, files: "Files", scorer: Scorer, texts: list[str], owner: list[int]) -> dict[str, np.ndarray]:
+    import torch
+    from PIL import Image
+
+    from cyclefit.evaluate.common import progress_bar
+    from cyclefit.metrics.clip import clip_scores, retrieval
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer, embedded = scorer.to(device), []
+    with torch.no_grad(), progress_bar("images") as progress:
+        for key in progress.track(files.ids, description="CLIP"):
+            path = _image(folder, files.names.get(key), key)
+            try:
+                with Image.open(path) as image:
+                    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                raise UserError(f"the image {path} cannot be read: {error}") from None
+            embedded.append(scorer.embed_images(pixels.to(device)))
+        images, at = torch.cat(embedded), torch.tensor(owner, device=device)
+        found = clip_scores(scorer.embed_texts, images[at], texts, [files.references[i] for i in owner])
+        found |= retrieval(scorer.embed_texts(texts), images, at)
+    return {name: column.cpu().numpy() for name, column in found.items()}
+
+
+def _image(folder: Path, name: str | None, key: str) -> Path:
+    tried = [folder / name] if name else [folder / f"{key}{suffix}" for suffix in IMAGES]
+    for path in tried:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"the image {path} lies outside {folder}")
+        if path.is_file():
+            return path
+    raise UserError(f"there is no image of {key} in {folder}: expected {tried[0].name}")
+
+
+def _print(result: dict) -> None:
+    metadata, table = result["metadata"], Table("metric", "score", "")
+    for name in SHOWN:
+        if name in result["corpus"]:
+            value = result["corpus"][name]
+            raw = name in ("words", "distinct-1", "distinct-2", "CLIPScore", "RefCLIPScore", "self-BLEU")
+            table.add_row(name, f"{value:.3f}" if raw else f"{100 * value:.2f}", "" if raw else "x 100")
+        elif name in result["unavailable"]:
+            table.add_row(name, "-", result["unavailable"][name])
+    console = Console()
+    console.print(table)
+    said = [f"{metadata['captions']} captions of {metadata['images']} images", f"tokenizer: {metadata['tokenizer']}"]
+    said.append(f"document frequencies: {metadata['document frequencies']}")
+    console.print("; ".join(said), highlight=False)
+    for warning in metadata.get("warnings", []):
+        console.print(f"warning: {warning}", highlight=False)
+
+
+# ---- files
+
+
+@dataclass
+class Files:
+    """Candidates and references of the same images, in the order of the references."""
+
+    ids: list[str]
+    candidates: list[list[str]]
+    references: list[list[str]]
+    names: dict[str, str]
+    """File names by id, where the references name them."""
+
+
+def _read_files(candidates: Path, references: Path, subset: bool) -> Files:
+    found, names = _read(candidates, "candidates")
+    expected, more = _read(references, "references")
+    if extra := [key for key in found if key not in expected]:
+        raise UserError(f"{candidates}: image {extra[0]} has no references in {references}{_more(extra)}")
+    missing = [key for key in expected if key not in found]
+    if missing and not subset:
+        raise UserError(
+            f"{candidates}: image {missing[0]} of {references} has no candidate{_more(missing)}; to score only those "
+            "that have one, give --subset true"
+        )
+    ids = [key for key in expected if key in found]
+    return Files(ids, [found[key] for key in ids], [expected[key] for key in ids], names | more)
+
+
+def _more(keys: list[str]) -> str:
+    return f" (nor have {len(keys) - 1} others)" if len(keys) > 1 else ""
+
+
+def _read(path: Path, what: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Captions by image id, and file names by id where the file has them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with {what}")
+
+    def pairs(entries: list[tuple[str, object]]) -> dict:
+        keys = Counter(key for key, _ in entries)
+        if twice := next((key for key, times in keys.items() if times > 1), None):
+            raise UserError(f"{path}: {twice!r} comes twice")
+        return dict(entries)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        at = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path} is not valid JSON{at}: {getattr(error, 'msg', error)}") from None
+    names: dict[str, str] = {}
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        for i, image in enumerate(content.get("images") or []):
+            if not isinstance(image, dict) or "id" not in image:
+                raise UserError(f"{path}: images[{i}] has no id")
+            if isinstance(image.get("file_name"), str):
+                names[str(image["id"])] = image["file_name"]
+        captions = _listed(path, content["annotations"], "annotations")
+    elif isinstance(content, list):
+        captions = _listed(path, content, "entry ")
+        if what == "candidates" and (twice := next((key for key, row in captions.items() if len(row) > 1), None)):
+            raise UserError(
+                f"{path}: image {twice} comes twice; several candidates of an image are {{image id: [captions]}}"
+            )
+    elif isinstance(content, dict):
+        captions = {key: [value] if isinstance(value, str) else value for key, value in content.items()}
+    else:
+        raise UserError(f"{path} should be an object or a list, not {type(content).__name__}")
+    if not captions:
+        raise UserError(f"{path} holds no captions")
+    for key, row in captions.items():
+        if not isinstance(row, list) or not row:
+            raise UserError(f"{path}: image {key} should have a caption or a list of captions, not {row!r:.60}")
+        for caption in row:
+            if not isinstance(caption, str):
+                raise UserError(f"{path}: image {key} has {caption!r:.60} for a caption, not a text")
+            if not caption.strip():
+                raise UserError(f"{path}: image {key} has an empty caption")
+    return captions, names
+
+
+def _listed(path: Path, entries: list, where: str) -> dict[str, list[str]]:
+    captions: dict[str, list[str]] = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
+            raise UserError(f"{path}: {where}[{i}] has no image_id or no caption: {entry!r:.60}")
+        captions.setdefault(str(entry["image_id"]), []).append(entry["caption"])
+    return captions
