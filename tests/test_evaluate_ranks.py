@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 from tests.probes import ENVIRONMENT
 
 SMALL = {
-    "captions": {"--num_candidates": 3, "--gallery": 4, "--batch_size": 5},
+    "captions": {"--num_candidates": 3, "--gallery": 4, "--batch_size": 5, "--java": "false"},
     "images": {"--num_candidates": 2, "--batch_size": 4},
 }
 CONFIG = {"captions": "miniature_evaluate.yaml", "images": "miniature_evaluate_images.yaml"}

@@ -83,6 +83,7 @@ def captions(
     checkpoint: str = "last",
     gallery: int = 24,
     seed: int = 0,
+    java: bool = True,
     devices: int = 1,
     num_nodes: int = 1,
 ) -> int:
@@ -111,6 +112,7 @@ def captions(
         checkpoint: `last` or `best` of each run.
         gallery: images of each split shown in the report.
         seed: of sampling and of the noise.
+        java: METEOR and SPICE too, where Java and its jars are there.
         devices: GPUs of a node, or processes without one; no influence on the results.
         num_nodes: nodes.
 
@@ -147,7 +149,7 @@ def captions(
     if not fabric.is_global_zero:
         return 0
 
-    results = {}
+    results, kept = {}, []
     for split, table in tables.items():
         corpus = json.loads((folder / f"references-{split}.json").read_text())
         table.merge(models, list(corpus))
@@ -155,7 +157,9 @@ def captions(
             shards[split], image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
         )
         _measure(table.rows, corpus, scorer, stream, device)
-        results[split] = _results(table, corpus, models, judges, partners)
+        results[split], chosen = _results(table, corpus, models, judges, partners)
+        kept.append((results[split]["rows"], chosen.values(), corpus))
+    missing = _add_java_metrics(kept) if java else {}
     metrics = {
         "title": "Did the cycle help?",
         "kind": "captions",
@@ -171,7 +175,7 @@ def captions(
             "machine": machine(),
             "commands": [shlex.join(["python", *sys.argv])],
             "seconds": round(time.perf_counter() - started),
-            **{name: why for result in results.values() for name, why in result.pop("missing").items()},
+            **missing,
         },
         "models": describe_models(models, "captioner"),
         "splits": results,
@@ -260,8 +264,8 @@ def _measure(rows: list[dict], references: dict[str, list[str]], scorer: Scorer,
             row["scores"][SUM] = round(row["scores"]["image cycle"] + row["scores"]["image-text"], 6)
 
 
-def _results(table: Rows, references: dict[str, list[str]], models, judges, partners) -> dict:
-    """The table's rows, differences and analyses of one split."""
+def _results(table: Rows, references, models, judges, partners) -> tuple[dict, dict[str, list[dict]]]:
+    """The table's rows, differences and analyses of one split; and what each row has kept."""
     corpus = list(references.values())
     by_model = {name: {key: [] for key in references} for name in models}
     for row in table.rows:
@@ -303,7 +307,6 @@ def _results(table: Rows, references: dict[str, list[str]], models, judges, part
         best = [max(candidates, key=lambda row: row["metrics"]["CIDEr"]) for candidates in pool]
         add(model, "nucleus", "oracle", best, none, share * len(pool[0]))
 
-    missing = _add_java_metrics(rows, list(chosen.values()), references)
     ranked = [(model, judge, pool) for model, pool in pools.items() for judge in pool[0][0]["scores"]]
     judge = next(iter(judges))
     # The first judge by every metric, every judge by CIDEr.
@@ -325,18 +328,27 @@ def _results(table: Rows, references: dict[str, list[str]], models, judges, part
         ],
         "correlations": [found for (*of, pool), metric in told if (found := correlations(*of, metric, pool))],
         "failures": [failures(model, judge, "CIDEr", pool) for model, pool in pools.items()],
-        "missing": missing,
-    }
+    }, chosen
 
 
-def _add_java_metrics(rows: list[dict], chosen: list[list[dict]], references: dict[str, list[str]]) -> dict[str, str]:
-    """Adds METEOR and SPICE to the table's rows; returns why one could not be."""
-    engine, missing = Java(), {}
+def _add_java_metrics(parts: list[tuple[list[dict], Iterable[list[dict]], dict[str, list[str]]]]) -> dict[str, str]:
+    """Adds METEOR and SPICE to the rows of all splits' tables; returns why one could not be.
+
+    A split is its table's rows, the candidates each row has kept, and the references.
+    """
+    engine, missing, rows, corpora = Java(), {}, [], []
     place: dict[tuple[str, str], int] = {}
-    corpora = [[place.setdefault((row["caption"], row["key"]), len(place)) for row in picked] for picked in chosen]
-    texts = [tokenize(caption) for caption, _ in place]
-    tokenized = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
-    against = [tokenized[key] for _, key in place]
+    texts, against = [], []
+    for table, kept, references in parts:
+        tokenized = {key: [tokenize(caption) for caption in captions] for key, captions in references.items()}
+        for row, picked in zip(table, kept, strict=True):
+            rows.append(row)
+            for candidate in picked:
+                if (pair := (candidate["caption"], candidate["key"])) not in place:
+                    place[pair] = len(texts)
+                    texts.append(tokenize(candidate["caption"]))
+                    against.append(tokenized[candidate["key"]])
+            corpora.append([place[candidate["caption"], candidate["key"]] for candidate in picked])
     try:
         values, _ = engine.meteor(texts, against, corpora)
         for row, value in zip(rows, values, strict=True):
