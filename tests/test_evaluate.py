@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from cyclefit import cli, evaluate
@@ -14,6 +15,7 @@ from cyclefit.data import evaluation_batches
 from cyclefit.judges import Denoising, ImageText, Partners, Regeneration
 from cyclefit.rerank import rerank, sample_seed, with_others
 from cyclefit.runs import load_run
+from cyclefit.scorers import OpenClip
 from tests.conftest import ROOT
 
 # The package's own name `captions` is the function.
@@ -237,3 +239,65 @@ def test_evaluation_configs_name_their_command():
         command = "images" if "images" in path.name else "captions"
         assert re.search(rf"python evaluate.py {command} --config {path.name}", text)
         assert set(yaml.safe_load(text)) >= {"shards", "captioner", "generator", "scorer"}
+
+
+ABLATIONS = sorted(path.name for path in (ROOT / "configs").glob("*ablation*.yaml"))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_is_one_command(name, tmp_path, world, monkeypatch, weights):
+    """On top of the evaluation's own configuration, as the file's head says; smaller here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    content = yaml.safe_load((ROOT / "configs" / name).read_text())
+    head = (ROOT / "configs" / name).read_text().splitlines()[1]
+    assert re.fullmatch(rf"#   python evaluate.py captions --config \w*evaluate\w*.yaml --config {name}", head)
+    if name == "ablation_scorers.yaml":
+        text = (ROOT / "configs" / name).read_text().replace("          pretrained: openai\n", "")
+        for model, folder in (("ViT-L-14-quickgelu", "clip"), ("ViT-B-32-quickgelu", "clip-heldout")):
+            text = text.replace(model, str(weights / folder))
+        name = str(tmp_path / name)
+        (tmp_path / "ablation_scorers.yaml").write_text(text)
+    shards = json.dumps({"test": str(world / "test")})
+    small = {"limit": 8, "gallery": 2, "generator.steps": 2, "batch_size": 8, "java": "false", "out": tmp_path / "out"}
+    if "judges" in content:
+        small |= {"num_candidates": 2}
+    arguments = [f"--{k}={v}" for k, v in small.items()]
+    code = evaluate.main(
+        ["captions", "--config", "miniature_evaluate.yaml", "--config", name, f"--shards={shards}", *arguments]
+    )
+    assert code == 0
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())["splits"]["test"]
+    chosen = {row["selection"] for row in result["rows"]}
+    if "judges" in content:
+        assert set(content["judges"]) == chosen - {"single", "oracle"}
+        ours = {title: judge["init_args"] for title, judge in content["judges"].items()}
+        costs = {row["selection"]: row["denoiser_calls"] / row["generator_calls"] for row in result["rows"]
+                 if row["selection"] in ours}  # fmt: skip
+        for title, arguments in ours.items():
+            if "steps" in arguments:
+                assert costs[title] == pytest.approx(2 * arguments["steps"], rel=0.1)  # with guidance, two calls a step
+    else:
+        assert {"image cycle", "image-text", "image cycle + image-text"} < chosen
+    if "num_candidates" in content:
+        assert [v["n"] for v in result["count_curves"][0]["values"]] == [1, 2, 4, 8, 16, 32]
+    if "min_new_tokens" in content:
+        words = [row["metrics"]["words"]["value"] for row in result["rows"]]
+        assert min(words) >= 8
+
+
+def test_images_are_compared_as_the_judge_says(captioner, generator, scorer, batch, weights):
+    held_out = OpenClip(str(weights / "clip-heldout"))
+    candidates = [["a red circle", "a blue square"]] * len(batch)
+    seeds = list(range(len(batch)))
+    drawn = generator.generate(
+        [text for row in candidates for text in row], [s for s in seeds for _ in range(2)], steps=2
+    )
+    for own in (scorer, held_out):
+        for euclidean in (False, True):
+            judge = Regeneration(steps=2, scorer=None if own is scorer else own, euclidean=euclidean)
+            found = judge.score(Partners(generator, scorer), batch.images, candidates, seeds)
+            left, right = (own.model.encode_image((F.interpolate(x, own.image_size) - own.image_mean) / own.image_std)
+                           for x in (batch.images.repeat_interleave(2, 0), drawn))  # fmt: skip
+            expected = -(left - right).norm(dim=-1) if euclidean else F.cosine_similarity(left, right)
+            torch.testing.assert_close(found.flatten(), expected.detach(), atol=2e-3, rtol=1e-3)

@@ -17,7 +17,7 @@ from cyclefit.finetune import Finetune
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-TRAINING = [name for name in CONFIGS if "evaluate" not in name]
+TRAINING = [name for name in CONFIGS if not re.search("evaluate|ablation", name)]
 
 
 def values(run, key):

@@ -5,7 +5,7 @@ A judge is a reward of the policy gradient during finetuning and a reranker at i
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -89,14 +89,19 @@ class Regeneration(Judge):
     steps: int | None = None
     """Solver steps; the generator's own number if None."""
     guidance_scale: float | None = None
+    scorer: Scorer | None = field(default=None, repr=False)
+    """Compares the images; the partners' if None."""
+    euclidean: bool = False
+    """Score by the negative Euclidean distance of embeddings as they are, not by the cosine."""
 
     needs = ("generator", "scorer")
 
     @torch.no_grad()
     def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
-        """Cosine similarities, in [-1, 1]."""
+        """Cosine similarities, in [-1, 1], or negative distances."""
         pairs, index = distinct(candidates)
-        source = partners.scorer.embed_images(images)
+        scorer = self.scorer or partners.scorer
+        source = scorer.embed_images(images, normalize=not self.euclidean)[[i for i, _ in pairs]]
         similarities = 0
         for repeat in range(self.num_regenerations):
             drawn = partners.generator.generate(
@@ -105,8 +110,9 @@ class Regeneration(Judge):
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
             )
-            embedded = partners.scorer.embed_images(drawn)
-            similarities = similarities + (source[[i for i, _ in pairs]] * embedded).sum(-1)
+            embedded = scorer.embed_images(drawn, normalize=not self.euclidean)
+            alike = -(source - embedded).norm(dim=-1) if self.euclidean else (source * embedded).sum(-1)
+            similarities = similarities + alike
         return (similarities / self.num_regenerations)[torch.tensor(index, device=source.device)]
 
     def cost(self, partners, num_candidates) -> dict[str, int]:

@@ -22,8 +22,8 @@ class Scorer(nn.Module, ABC):
         return self.name.replace("/", "-").replace(".", "_")
 
     @abstractmethod
-    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit-length embeddings of images in [0, 1]; differentiable in the images."""
+    def embed_images(self, images: Float[Tensor, "b 3 h w"], normalize: bool = True) -> Float[Tensor, "b d"]:
+        """Embeddings of images in [0, 1], of unit length unless asked otherwise; differentiable in the images."""
 
     @abstractmethod
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "b d"]:
@@ -82,11 +82,15 @@ class OpenClip(Scorer):
         """Of the weights."""
         return next(self.parameters()).dtype
 
-    def embed_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Unit-length image embeddings; resized to the model's size by its shorter side, centre cut out."""
+    def embed_images(self, images: Float[Tensor, "b 3 h w"], normalize: bool = True) -> Float[Tensor, "b d"]:
+        """Image embeddings, of unit length unless asked otherwise.
+
+        Images are resized to the model's size by the shorter side, the centre cut out.
+        """
         pixels = (resized(images, *self.image_size, crop=True) - self.image_mean) / self.image_std
         parts = [self.model.encode_image(part.to(self.dtype)) for part in pixels.split(self.batch_size)]
-        return F.normalize(torch.cat(parts).float(), dim=-1)
+        embedded = torch.cat(parts).float()
+        return F.normalize(embedded, dim=-1) if normalize else embedded
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Float[Tensor, "b d"]:

@@ -120,6 +120,9 @@ def captions(
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
     fabric = launch(devices, num_nodes)
     device = fabric.device
+    for judge in judges.values():
+        if (own := getattr(judge, "scorer", None)) is not None:
+            half_on_gpu(own.to(device))
     partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
     lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     single = [Decoding(**lengths), Decoding("beam", **lengths)]
@@ -129,7 +132,8 @@ def captions(
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
         stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p, "limit": limit}
-        stamp |= {"judges": {name: repr(judge) for name, judge in judges.items()}, "scorer": scorer.name}
+        own = {name: getattr(getattr(judge, "scorer", None), "name", "") for name, judge in judges.items()}
+        stamp |= {"judges": {name: f"{judge!r} {own[name]}" for name, judge in judges.items()}, "scorer": scorer.name}
         stamp |= {"lengths": list(lengths.values()), "image_size": image_size, **_sampling(generator)}
         stamp |= {"models": {name: config.get("steps") for name, (_, config) in models.items()}}
         table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp, fabric)
