@@ -519,9 +519,9 @@ document.title = JSON.stringify(done);
 """
 
 
-def probe(page: str, folder: Path, width: int) -> dict:
+def probe(page: str, folder: Path, width: int, script: str = PROBE) -> dict:
     # The page's policy admits its own script only, so the probed copy goes without.
-    page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", f"<script>{{{PROBE}}}</script></body>")
+    page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", f"<script>{{{script}}}</script></body>")
     copy = folder / "probe.html"
     frame = folder / "frame.html"
     copy.write_text(page, encoding="utf-8")

@@ -27,7 +27,7 @@ def checkpoint(run: Path) -> dict:
 
 def lines(run: Path) -> list[dict]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in ("time", "started")} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("time", "started", "gpus")} for row in rows]
 
 
 def same(left, right, where):

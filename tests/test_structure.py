@@ -18,7 +18,7 @@ LAYERS = [
     {"report"},
     {"finetune"},
     {"cli", "evaluate"},
-    {"miniature", "export", "compare"},
+    {"miniature", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

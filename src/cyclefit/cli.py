@@ -73,6 +73,7 @@ class JsonlLogger(Logger):
         super().__init__()
         self.folder = folder
         self.started = {"started": round(time.time(), 3)}
+        """When the process began, and on how many GPUs the run is: said once."""
 
     @property
     def name(self) -> str:
@@ -109,12 +110,18 @@ class JsonlLogger(Logger):
             partial.write_text("".join(kept))
             partial.replace(path)
         with path.open("a") as file:
-            row = {"step": step, "time": round(time.time(), 3), **self.started, **metrics}
+            said = self.started | {"gpus": _gpus()} if self.started else {}
+            row = {"step": step, "time": round(time.time(), 3), **said, **metrics}
             file.write(json.dumps(row) + "\n")
         self.started = {}
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         """The run's `config.yaml` holds them."""
+
+
+def _gpus() -> int:
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return ranks if torch.cuda.is_available() else 0
 
 
 def _step(line: str) -> float:
@@ -311,22 +318,23 @@ class RunCLI(LightningCLI):
             id=run_id,
             project=os.environ.get("WANDB_PROJECT", "cyclefit"),
             resume="allow",
-            mode=os.environ.get("WANDB_MODE") or self._reachable(),
+            mode=os.environ.get("WANDB_MODE") or wandb_mode(self.folder),
             group=self.config.group,
         )
 
-    def _reachable(self) -> str:
-        """`online` where somebody is logged in and W&B answers, else `offline`."""
-        import wandb
 
-        try:
-            return "online" if rank_zero_only.rank == 0 and wandb.login(prompt=False) else "offline"
-        except wandb.Error as error:
-            rank_zero_warn(
-                f"W&B cannot be reached ({error}): this run is logged offline; send it later with "
-                f"`wandb sync {self.folder}/wandb/offline-run-*`"
-            )
-            return "offline"
+def wandb_mode(folder: Path) -> str:
+    """`online` where somebody is logged in and W&B answers, else `offline`, with a log in `folder`."""
+    import wandb
+
+    try:
+        return "online" if rank_zero_only.rank == 0 and wandb.login(prompt=False) else "offline"
+    except wandb.Error as error:
+        rank_zero_warn(
+            f"W&B cannot be reached ({error}): this run is logged offline; send it later with "
+            f"`wandb sync {folder}/wandb/offline-run-*`"
+        )
+        return "offline"
 
 
 def train(arguments: list[str]) -> int:

@@ -81,7 +81,7 @@ def newest(folder: Path) -> tuple[Path, str | None]:
 
 
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
-    """A run's configuration, with its `steps` so far, and what it trained by name, `captioner...` or `generator...`.
+    """A run's configuration with its `folder` and `steps`, and what it trained by name, `captioner...`, `generator...`.
 
     Of a run with a moving average the parameters are the average.
 
@@ -106,7 +106,7 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
     tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
     # A run of both models holds each under one of its halves.
     names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
-    return config | {"steps": state["global_step"]}, dict(zip(names, tensors, strict=True))
+    return config | {"steps": state["global_step"], "folder": str(folder)}, dict(zip(names, tensors, strict=True))
 
 
 def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner") -> tuple[Captioner | Generator, dict]:

@@ -1,10 +1,13 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
+import json
+
 from cyclefit.evaluate.captions import JUDGES, captions
+from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
 from cyclefit.evaluate.score import score
 
-__all__ = ["JUDGES", "captions", "images", "main", "report", "score"]
+__all__ = ["JUDGES", "captions", "compare", "images", "main", "report", "score"]
 
 
 def report(evaluations: list[str], out: str | None = None, title: str | None = None) -> int:
@@ -22,11 +25,11 @@ def report(evaluations: list[str], out: str | None = None, title: str | None = N
     return 0
 
 
-COMMANDS = {"captions": captions, "images": images, "score": score, "report": report}
+COMMANDS = {"captions": captions, "images": images, "score": score, "compare": compare, "report": report}
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score` or `report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.cli import resolve_configs
@@ -38,6 +41,11 @@ def main(arguments: list[str]) -> int:
         sub.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
         sub.add_function_arguments(command)
         commands.add_subcommand(name, sub)
+    if arguments[:1] == ["compare"]:
+        # Runs stand by themselves, `compare runs/a runs/b`.
+        count = next((i for i, a in enumerate(arguments[1:]) if a.startswith("-")), len(arguments) - 1)
+        if count:
+            arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
     parsed = parser.parse_args(resolve_configs(arguments))
     values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
     values.pop("config", None)

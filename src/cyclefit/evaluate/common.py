@@ -224,7 +224,7 @@ def _described(config: dict, which: Which, index: int) -> dict:
             f" ({reward['class_path'].rpartition('.')[2]})" if reward else ""
         )
         described = f"{own} and a cycle: {what}"
-    return {"description": described, "steps": config["steps"], "color_index": index}
+    return {"description": described, "steps": config["steps"], "folder": config["folder"], "color_index": index}
 
 
 def outcome_of(difference: dict) -> tuple[bool | None, str]:

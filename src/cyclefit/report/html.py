@@ -173,17 +173,28 @@ SMALL = 64
 
 def page(evaluations: list[Evaluation], title: str | None) -> str:
     """The whole page, its figures drawn into each evaluation's `figures` on the way."""
-    here = Path(__file__).parent
     budget = IMAGE_BUDGET // max(1, sum(bool(rows) for e in evaluations for rows in e.candidates.values()))
     parts = [_part(evaluation, budget, alone=len(evaluations) == 1) for evaluation in evaluations]
-    script = (here / "report.js").read_text(encoding="utf-8")
     results = evaluations[0].results
+    return assemble(
+        title or str(results.get("title") or "Evaluation"),
+        _byline(results),
+        "\n".join(summary for summary, _, _ in parts),
+        "\n".join(contents for _, contents, _ in parts),
+        [sections for _, _, sections in parts],
+    )
+
+
+def assemble(title: str, byline: str, summaries: str, contents: str, sections: list[str]) -> str:
+    """A page of its parts, all but the title as HTML, with the one style and script."""
+    here = Path(__file__).parent
+    script = (here / "report.js").read_text(encoding="utf-8")
     fields = {
-        "title": escape(title or str(results.get("title") or "Evaluation")),
-        "byline": _byline(results),
-        "summaries": "\n".join(summary for summary, _, _ in parts),
-        "contents": "\n".join(contents for _, contents, _ in parts),
-        "sections": "\n".join(sections for _, _, sections in parts),
+        "title": escape(title),
+        "byline": byline,
+        "summaries": summaries,
+        "contents": contents,
+        "sections": "\n".join(sections),
         "style": (here / "report.css").read_text(encoding="utf-8"),
         "script": script,
         # The policy admits this one script, so that nothing from a caption could ever run.
@@ -369,11 +380,13 @@ def _split(evaluation: Evaluation, split: str, budget: int, head: str) -> tuple[
     return "\n".join([*parts, "</section>"]), "".join(links)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A text as part of a file name."""
     return re.sub(r"[^\w-]+", "-", text).strip("-") or "x"
 
 
-def _panels(how: str, figures: list[str]) -> str:
+def panels(how: str, figures: list[str]) -> str:
+    """Figures side by side under how to read them."""
     if not figures:
         return ""
     items = "".join(f"<figure>{figure}</figure>" for figure in figures)
@@ -385,14 +398,14 @@ def _comparison(figure: Callable[..., str], rows: list[dict], models: dict[str, 
     for metric in metric_names(rows):
         drawn = metric.split(" (")[0] not in TABLE_ONLY
         if drawn and any(row["metrics"].get(metric, {}).get("value") is not None for row in rows):
-            name = f"comparison-{_slug(metric)}"
+            name = f"comparison-{slug(metric)}"
             data = [
                 {name: row[name] for name in ("model", "decoding", "selection")} | row["metrics"][metric]
                 for row in rows
                 if metric in row["metrics"]
             ]
             figures.append(figure(name, f"{metric} of every row", comparison, rows, metric, models, data=data))
-    return _panels(
+    return panels(
         "one dot per row of the table with its 95% interval; colours and markers are models; the oracle is hollow.",
         figures,
     )
@@ -404,11 +417,11 @@ def _rank_curves(figure: Callable[..., str], content: dict, models: dict[str, di
     for metric, selection in kinds:
         curves = [c for c in content["rank_curves"] if (c["metric"], c["selection"]) == (metric, selection)]
         if any(entry["value"] is not None for curve in curves for entry in curve["values"]):
-            name = f"rank-{_slug(metric)}-{_slug(selection)}"
+            name = f"rank-{slug(metric)}-{slug(selection)}"
             label = f"{metric} against the rank by {selection}"
             inputs = (curves, content["rows"], metric, selection, models)
             figures.append(figure(name, label, rank_curves, *inputs, data=_points(curves)))
-    return _panels(
+    return panels(
         f"each {kind.item}'s candidates are ranked by the score, rank 1 is the {kind.kept} that is kept; a line that "
         "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
         "sample without choice.",
@@ -428,9 +441,9 @@ def _count_curves(figure: Callable[..., str], curves: list[dict], models: dict[s
     figures = []
     for model, metric in dict.fromkeys((curve["model"], curve["metric"]) for curve in curves):
         of = [curve for curve in curves if (curve["model"], curve["metric"]) == (model, metric)]
-        name, label = f"counts-{_slug(metric)}-{_slug(model)}", f"{metric} of the best of n for {model}"
+        name, label = f"counts-{slug(metric)}-{slug(model)}", f"{metric} of the best of n for {model}"
         figures.append(figure(name, label, count_curves, of, metric, models[model], data=_points(of)))
-    return _panels(
+    return panels(
         f"what the {kind.kept} that is kept is worth if the choice is among n, the mean over all draws of n from each "
         f"{kind.item}'s candidates. Bands are 95% intervals; the oracle chooses with the references in hand.",
         figures,
@@ -460,14 +473,14 @@ def _score_boxes(figure: Callable[..., str], candidates: list[dict], models: dic
     top = max(float(np.percentile(values, 95)) for model in bins.values() for _, values in model) * 1.05 or 1.0
     figures = [
         figure(
-            f"score-{_slug(metric)}-{_slug(score)}-{_slug(name)}",
+            f"score-{slug(metric)}-{slug(score)}-{slug(name)}",
             f"{metric} in bins of {score} for {name}",
             *(score_boxes, groups, score, metric, name, models[name], top),
             data=[_bin(place, center, values) for place, (center, values) in enumerate(groups, 1)],
         )
         for name, groups in bins.items()
     ]
-    return _panels(
+    return panels(
         f"all candidates of a model in bins of equal count along the score ({escape(score)}; the axis names "
         "each bin's mean score). Boxes hold the middle half of the candidates, whiskers reach from the 5th "
         "to the 95th percentile, the line joins the means.",

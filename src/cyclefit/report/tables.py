@@ -112,7 +112,9 @@ def cell(value: float | None, text: str) -> str:
     return f'<td class="number" data-v="{key}">{text}</td>'
 
 
-def main_table(rows: list[dict], models: dict[str, dict], split: str, calls: str, item: str) -> str:
+def main_table(
+    rows: list[dict], models: dict[str, dict], split: str, calls: str, item: str, file: str | None = None
+) -> str:
     """What needs no scorer and the costs in one table; the same columns under each scorer in one of its own."""
     if not rows:
         return ""
@@ -136,7 +138,7 @@ def main_table(rows: list[dict], models: dict[str, dict], split: str, calls: str
     how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
     how += f"Calls and seconds are per {item}. " if costs else ""
     how += "A click on a header sorts."
-    parts = [f'<p class="how">{escape(how)} The same numbers: <code>table-{escape(split)}.csv</code>.</p>']
+    parts = [f'<p class="how">{escape(how)} The same numbers: <code>{escape(file or f"table-{split}.csv")}</code>.</p>']
     for scorer, metrics in groups.items():
         shown = [] if scorer else costs
         if metrics or shown:
