@@ -45,7 +45,8 @@ def _matrix(samples: Samples, field: str, name: str) -> np.ndarray:
 def rank_curve(model: str, judge: str, metric: str, samples: Samples) -> dict:
     """Figure 3: a metric's mean and spread over samples at each rank by a judge, 1 the best, and the ranks' trend."""
     matrix = _matrix([sorted(sample, key=lambda row: -row["scores"][judge]) for sample in samples], "metrics", metric)
-    values = [{"rank": k, "std": float(column.std())} | estimate(column) for k, column in enumerate(matrix.T, 1)]
+    spread = [dict(zip(("q1", "q3"), map(float, np.percentile(column, (25, 75))), strict=True)) for column in matrix.T]
+    values = [{"rank": k} | estimate(column) | spread[k - 1] for k, column in enumerate(matrix.T, 1)]
     slope = dict(zip(("value", "low", "high", "p"), trend(matrix), strict=True))
     return {"model": model, "selection": judge, "metric": metric, "values": values, "trend": slope}
 

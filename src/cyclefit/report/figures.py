@@ -183,6 +183,9 @@ def rank_curves(curves: list[dict], rows: list[dict], metric: str, selection: st
         if all(entry.get("low") is not None and entry.get("high") is not None for entry in entries):
             low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("low", "high"))
             axes.fill_between(rank, low, high, color=color(model), alpha=0.16, linewidth=0)
+        if len(curves) == 1 and all("q1" in entry for entry in entries):
+            low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("q1", "q3"))
+            axes.fill_between(rank, low, high, color=color(model), alpha=0.09, linewidth=0)
         marker = MARKERS[model["color_index"] % len(MARKERS)]
         axes.plot(rank, value, marker + "-", markersize=4, label=_shorten(curve["model"], 24), **style)
         axes.axhline(_single(rows, curve["model"], metric, value.mean()), linestyle=(0, (4, 3)), alpha=0.8, **style)

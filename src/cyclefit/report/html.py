@@ -423,8 +423,8 @@ def _rank_curves(figure: Callable[..., str], content: dict, models: dict[str, di
             figures.append(figure(name, label, rank_curves, *inputs, data=_points(curves)))
     return panels(
         f"each {kind.item}'s candidates are ranked by the score, rank 1 is the {kind.kept} that is kept; a line that "
-        "falls to the right says that the score knows quality. Bands are 95% intervals, dashed lines one "
-        "sample without choice.",
+        "falls to the right says that the score knows quality. Bands are 95% intervals, of a single model the wide one "
+        f"holds the middle half of the {kind.item}s; dashed lines are one sample without choice.",
         figures,
     )
 

@@ -233,7 +233,9 @@ def trends_table(curves: list[dict]) -> str:
             continue
         entry, metric = curve["trend"], curve["metric"]
         cells = [f'<td class="name">{escape(curve[name])}</td>' for name in ("model", "selection", "metric")]
-        lines.append(f"<tr>{''.join(cells)}{_signed(entry, metric, 2)}{_chance(entry['p'])}</tr>")
+        lines.append(
+            f"<tr>{''.join(cells)}{_signed(entry, metric, 2 if scale(metric) == 100 else 4)}{_chance(entry['p'])}</tr>"
+        )
     if not lines:
         return ""
     headers = [("model", False), ("ranked by", False), ("metric", False), ("per rank", True), ("p", True)]
