@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit import UserError
-from cyclefit.loading import freeze, loading, resized, seeded
+from cyclefit.loading import freeze, loading, resized, seeded, whole
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,8 @@ class Blip(Captioner):
             if random_weights:
                 self.model = BlipForConditionalGeneration(BlipConfig.from_pretrained(pretrained))
             else:
-                self.model = BlipForConditionalGeneration.from_pretrained(
-                    pretrained, dtype=torch.float32, use_safetensors=True
-                )
+                files = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+                self.model = whole(BlipForConditionalGeneration.from_pretrained(pretrained, **files), pretrained)
             self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
         self.pretrained = pretrained
         text, vision = self.model.config.text_config, self.model.config.vision_config

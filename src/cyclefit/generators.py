@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cyclefit.loading import freeze, loading, resized, seeded
+from cyclefit.loading import freeze, loading, resized, seeded, whole
 
 
 class Generator(nn.Module, ABC):
@@ -151,12 +151,14 @@ class StableDiffusion(Generator):
                 self.vae = AutoencoderKL.from_config(AutoencoderKL.load_config(pretrained, subfolder="vae"))
                 self.text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(pretrained, subfolder="text_encoder"))
             else:
-                files = {"torch_dtype": torch.float32, "use_safetensors": True}
-                self.unet = UNet2DConditionModel.from_pretrained(pretrained, subfolder="unet", **files)
-                self.vae = AutoencoderKL.from_pretrained(pretrained, subfolder="vae", **files)
-                self.text_encoder = CLIPTextModel.from_pretrained(
-                    pretrained, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
-                )
+                files = {"use_safetensors": True, "output_loading_info": True}
+                for part, kind, dtype in (
+                    ("unet", UNet2DConditionModel, "torch_dtype"),
+                    ("vae", AutoencoderKL, "torch_dtype"),
+                    ("text_encoder", CLIPTextModel, "dtype"),
+                ):
+                    loaded = kind.from_pretrained(pretrained, subfolder=part, **files, **{dtype: torch.float32})
+                    setattr(self, part, whole(loaded, f"{pretrained}/{part}"))
             # AutoTokenizer guesses the class from a config that such a repository does not have.
             if Path(pretrained).is_dir():
                 self.tokenizer = AutoTokenizer.from_pretrained(str(Path(pretrained) / "tokenizer"))

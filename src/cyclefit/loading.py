@@ -25,12 +25,39 @@ def loading(kind: str, name: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise MissingModel(
             f"cannot load the {kind} {name!r}: give the id of a model on the hub (with network access), a local folder "
             f"in the hub's own layout, or set HF_HOME to a cache that holds it ({type(error).__name__}: {reason})"
         ) from error
+
+
+def whole(loaded: tuple[nn.Module, dict], name: str) -> nn.Module:
+    """The model of `from_pretrained(..., output_loading_info=True)`, every weight from the files and none left over.
+
+    Raises:
+        UserError: the files lack weights, which would stay random, or hold others; the message names some.
+
+    """
+    model, info = loaded
+    # A buffer of CLIP's that is counted, not learned; files have it, models have not any more.
+    odd = {
+        "lack": sorted(info["missing_keys"]),
+        "hold what it has no place for:": sorted(k for k in info["unexpected_keys"] if not k.endswith("position_ids")),
+        "hold in another shape": sorted(str(entry[0]) for entry in info["mismatched_keys"]),
+    }
+    said = [
+        f"{what} {len(keys)} weights ({', '.join(keys[:3])})".replace(": ", " ") for what, keys in odd.items() if keys
+    ]
+    if said:
+        raise UserError(
+            f"the files of {name!r} do not fit {type(model).__name__}: they {'; they '.join(said)}; is it a checkpoint "
+            "of another architecture, or incomplete?"
+        )
+    return model
 
 
 def resized(

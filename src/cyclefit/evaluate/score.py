@@ -221,8 +221,8 @@ class Files:
 
 
 def _read_files(candidates: Path, references: Path, subset: bool) -> Files:
-    found, names = _read(candidates, "candidates")
-    expected, more = _read(references, "references")
+    found, names = read_captions(candidates, "candidates")
+    expected, more = read_captions(references, "references")
     if extra := [key for key in found if key not in expected]:
         raise UserError(f"{candidates}: image {extra[0]} has no references in {references}{_more(extra)}")
     missing = [key for key in expected if key not in found]
@@ -239,8 +239,14 @@ def _more(keys: list[str]) -> str:
     return f" (nor have {len(keys) - 1} others)" if len(keys) > 1 else ""
 
 
-def _read(path: Path, what: str) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Captions by image id, and file names by id where the file has them."""
+def read_captions(path: Path, what: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Captions by image id of a file in any of the formats, and file names by id where it has them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it holds something else; the message names the entry.
+
+    """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} with {what}")
 
