@@ -30,6 +30,7 @@ from cyclefit.metrics.captions import (
     caption_scores,
     read_document_frequencies,
     self_bleu,
+    tokenize,
 )
 from cyclefit.metrics.clip import clip_scores, retrieval
 from tests.conftest import ROOT
@@ -215,6 +216,26 @@ def test_published_examples_with_meteor(scored, shared):
     assert ptb["metadata"]["tokenizer"].startswith("PTB")
     assert own["metadata"]["tokenizer"].endswith("tokenize")
     assert "CoreNLP" in own["unavailable"]["SPICE"] or "SPICE" in own["corpus"]
+
+
+@needs_java
+@pytest.mark.parametrize("metric", ["METEOR", "SPICE"])
+def test_published_scores_of_java(metric, shared):
+    """With CLIPScore's two examples."""
+    if metric == "SPICE" and not (java.cache_folder() / java.CORENLP).is_dir():
+        pytest.skip("CoreNLP 3.6.0 is not in the cache: java.fetch_corenlp() fetches it")
+    examples = json.loads((shared / "metric_references" / "expected_triples.json").read_text())
+    examples = [example for example in examples if metric in example["expected"]]
+    assert len(examples) == 2
+    for example in examples:
+        keys = list(example["references"])
+        own = [tokenize(example["candidates"][key]) for key in keys]
+        against = [[tokenize(text) for text in example["references"][key]] for key in keys]
+        if metric == "METEOR":
+            [found], _ = java.Java().meteor(own, against, [range(len(own))])
+        else:
+            found, _ = java.Java().spice(own, against)
+        assert found == pytest.approx(example["expected"][metric], abs=5.1e-5)
 
 
 @needs_java
