@@ -1,7 +1,15 @@
 """Evaluates finetuned models against reranked inference: `python evaluate.py captions --config NAME`."""
 
-from cyclefit.cli import run
-from cyclefit.evaluate import main
+from cyclefit.start import resolve_configs, run
+
+
+def main(arguments: list[str]) -> int:
+    """Evaluates; a config that is not there is said before anything heavy is imported."""
+    arguments = resolve_configs(arguments)
+    from cyclefit import evaluate
+
+    return evaluate.main(arguments)
+
 
 if __name__ == "__main__":
     run(main)

@@ -1,6 +1,15 @@
 """Finetunes a captioner or a generator: `python train.py --config cycle_blip.yaml`."""
 
-from cyclefit.cli import run, train
+from cyclefit.start import resolve_configs, run
+
+
+def main(arguments: list[str]) -> int:
+    """Trains; a config that is not there is said before anything heavy is imported."""
+    arguments = resolve_configs(arguments)
+    from cyclefit.cli import train
+
+    return train(arguments)
+
 
 if __name__ == "__main__":
-    run(train)
+    run(main)

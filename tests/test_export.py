@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from cyclefit import UserError, cli, export
+from cyclefit import UserError, cli, export, start
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.generators import Lora, StableDiffusion
 from tests.conftest import ROOT
@@ -247,7 +247,7 @@ def test_a_checkpoint_not_yet_saved_is_one_sentence(runs, tmp_path, monkeypatch,
     arguments = [str(tmp_path), "--format", "kohya", "--out", str(tmp_path / "x.safetensors"), "--checkpoint", "best"]
     monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(export.main)
+        start.run(export.main)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "best.ckpt does not exist; checkpoints the run has saved so far: last" in said

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "loading"},
+    {"batch", "loading", "start"},
     {"bridge"},
     {"captioners", "generators", "scorers", "data", "metrics"},
     {"judges", "runs"},
@@ -56,6 +56,7 @@ def test_imports_point_one_way(path):
     ("module", "heavy"),
     [
         ("cyclefit", ["torch"]),
+        ("cyclefit.start", ["torch", "lightning", "jsonargparse"]),
         ("cyclefit.report", ["torch", "matplotlib.pyplot"]),
         ("cyclefit.data.write", ["torch", "lightning"]),
         ("cyclefit.captioners", ["transformers.models.blip.modeling_blip", "peft", "lightning"]),

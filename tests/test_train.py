@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from cyclefit import cli
+from cyclefit import cli, start
 from cyclefit.finetune import Finetune
 from tests.conftest import ROOT
 
@@ -52,7 +52,7 @@ def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_p
 def test_an_unknown_config_lists_those_that_exist(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "cycle_blib.yaml"])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(cli.train)
+        start.run(cli.train)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "cycle_blib.yaml" in said
@@ -275,7 +275,7 @@ def test_a_missing_model_is_one_sentence(tmp_path, capsys, monkeypatch):
     arguments = ["--config", "miniature_blip.yaml", f"--runs={tmp_path}", "--model.captioner.pretrained=no/such-model"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(cli.train)
+        start.run(cli.train)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "no/such-model" in said

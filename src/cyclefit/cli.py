@@ -1,6 +1,5 @@
 """The command line: LightningCLI, bare config names, one run in one folder."""
 
-import errno
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
 from cyclefit.runs import newest, saved, write_checkpoint
+from cyclefit.start import resolve_configs
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
 # constants of the models and are not sent in every step.
@@ -37,33 +37,6 @@ StrategyRegistry.register(
     broadcast_buffers=False,
     timeout=timedelta(minutes=10),
 )
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-def resolve_configs(arguments: list[str]) -> list[str]:
-    """Arguments with bare names after `--config` replaced by the files of that name in `configs/`.
-
-    Raises:
-        UserError: there is no such file; the message lists those that exist.
-
-    """
-    resolved = list(arguments)
-    for i, argument in enumerate(arguments):
-        flag, _, inline = argument.partition("=")
-        if flag not in ("--config", "-c"):
-            continue
-        place = i if inline else i + 1
-        if place >= len(arguments):
-            continue
-        name = inline or arguments[place]
-        if not Path(name).exists():
-            known = [path for path in CONFIGS.glob("*.yaml") if path.name in (name, f"{name}.yaml")]
-            if not known:
-                names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-                raise UserError(f"there is no config {name!r}, neither as a file nor in {CONFIGS.name}/: {names}")
-            name = str(known[0])
-        resolved[place] = f"{flag}={name}" if inline else name
-    return resolved
 
 
 class JsonlLogger(Logger):
@@ -364,26 +337,3 @@ def train(arguments: list[str]) -> int:
         return 128 + cli.stop.received
     rank_zero_info(f"finished: {cli.folder}")
     return 0
-
-
-def run(function) -> None:
-    """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
-    try:
-        sys.exit(function(sys.argv[1:]))
-    except (ValueError, TypeError, OSError) as error:
-        mistake = _mistake_behind(error)
-        if mistake is None:
-            raise
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _mistake_behind(error: BaseException | None) -> BaseException | str | None:
-    if isinstance(error, FileNotFoundError):
-        return error
-    # jsonargparse wraps what a constructor raises in its own account of the types that were tried.
-    while error is not None and not isinstance(error, UserError):
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            return f"{error.filename or 'writing'}: {error.strerror}; make room there, or choose another --runs"
-        error = error.__cause__ or error.__context__
-    return error

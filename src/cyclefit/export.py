@@ -150,6 +150,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from cyclefit.cli import run
+    from cyclefit.start import run
 
     run(main)

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
     from jsonargparse import ArgumentParser
 
-    from cyclefit.cli import resolve_configs
+    from cyclefit.start import resolve_configs
 
     parser = ArgumentParser(prog="evaluate.py", description="Evaluates finetuned models against reranked inference.")
     commands = parser.add_subcommands()
