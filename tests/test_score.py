@@ -28,6 +28,7 @@ from cyclefit.metrics.captions import (
     DocumentFrequencies,
     bleu,
     caption_scores,
+    document_frequencies,
     read_document_frequencies,
     self_bleu,
     tokenize,
@@ -97,6 +98,25 @@ def test_given_document_frequencies_count_for_words_no_reference_has():
     assert found["CIDEr"][0] == pytest.approx(10 / 4 * dog / np.hypot(dog, cat))
 
 
+def test_given_document_frequencies_are_looked_up_once():
+    class Counted(dict):
+        lookups = 0
+
+        def get(self, *arguments):
+            self.lookups += 1
+            return super().get(*arguments)
+
+    candidates, references = random_captions(60)
+    frequencies = document_frequencies(references, tokenizer=str)
+    counted = Counted(frequencies.counts)
+    given = CaptionScorer(references, document_frequencies=frequencies._replace(counts=counted), tokenizer=str)
+    for name, values in CaptionScorer(references, tokenizer=str).score(candidates).items():
+        np.testing.assert_allclose(given.score(candidates)[name], values, atol=1e-12)
+    counted.lookups = 0
+    given.score([references[0][0], "new"], [0, 0])
+    assert counted.lookups == 1
+
+
 def test_self_bleu_is_bleu_against_the_others():
     groups = [
         ["a red dog runs", "a red dog sits there", "cats"],
@@ -153,6 +173,9 @@ def test_all_formats_score_alike(scored):
         (CANDIDATES, {"images": [{}], "annotations": []}, r"r\.json: images\[0\] has no id"),
         (CANDIDATES, {}, r"r\.json holds no captions"),
         ("7", REFERENCES, r"c\.json should be an object or a list, not int"),
+        ("[" * 100_000, REFERENCES, r"c\.json is not valid JSON: maximum recursion"),
+        ([{"image_id": None, "caption": "a"}], REFERENCES, r"c\.json: entry \[0\] has None for an image_id"),
+        (CANDIDATES, {"images": [{"id": 1}] * 2, "annotations": []}, r"r\.json: image 1 comes twice in images"),
     ],
 )
 def test_bad_files_are_named(scored, candidates, references, sentence):
@@ -163,6 +186,8 @@ def test_bad_files_are_named(scored, candidates, references, sentence):
 def test_a_subset_is_scored_where_it_is_asked_for(scored):
     found = scored({"1": CANDIDATES["1"]}, REFERENCES, NO_JAVA, "--subset=true")
     assert list(found["images"]) == ["1"]
+    with pytest.raises(UserError, match="is a folder: --out names the JSON file"):
+        scored(CANDIDATES, REFERENCES, NO_JAVA, f"--out={ROOT}")
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.json with candidates"):
         evaluate.main(["score", "--candidates=nowhere.json", "--references=nowhere.json"])
 
@@ -176,6 +201,9 @@ def test_document_frequencies_are_read_and_nothing_is_run(scored, tmp_path):
         (tmp_path / f"df{protocol}.p").write_bytes(pickle.dumps(field, protocol=protocol))
     found = [read_document_frequencies(tmp_path / name) for name in ("df.json", "df0.p", "df2.p", "df4.p")]
     assert all(dict(f.counts) == counts and f.images == 9 for f in found)
+    (tmp_path / "coco-val-df.p").write_bytes(pickle.dumps(defaultdict(float, counts), protocol=2))
+    alone = read_document_frequencies(tmp_path / "coco-val-df.p")
+    assert dict(alone.counts) == counts and alone.images == 40504
     result = scored(CANDIDATES, REFERENCES, NO_JAVA, f"--document_frequencies={tmp_path}/df2.p")
     assert result["metadata"]["document frequencies"] == "df2.p, 9 images"
     assert "warnings" not in result["metadata"]
@@ -189,7 +217,9 @@ def test_document_frequencies_are_read_and_nothing_is_run(scored, tmp_path):
         read_document_frequencies(tmp_path / "bad.p")
     assert not (tmp_path / "harmed").exists()
     (tmp_path / "cut.p").write_bytes((tmp_path / "df2.p").read_bytes()[:30])
-    for name in ("cut.p", "none.json"):
+    (tmp_path / "few.json").write_text(json.dumps(as_json | {"images": 2}))
+    (tmp_path / "endless.json").write_text(json.dumps(as_json | {"images": float("inf")}))
+    for name in ("cut.p", "none.json", "few.json", "endless.json", "."):
         with pytest.raises(UserError, match="document frequencies"):
             read_document_frequencies(tmp_path / name)
 
@@ -252,6 +282,9 @@ def test_jars_are_run_by_our_settings(tmp_path, monkeypatch):
     assert java.Java().tokenize(["A dog's \u201cball\u201d\nrolls.", "Zwei H\u00fcte, bitte!"]) == [
         "a dog 's ball rolls", "zwei h\u00fcte bitte"
     ]  # fmt: skip
+    lines = [f"a dog{end}runs{end}" for end in ("\r", "\r\n", "\v", "\f", "\x85", "\u2028")]
+    assert java.Java().tokenize(["", *lines, ""]) == ["", *["a dog runs"] * len(lines), ""]
+    assert java.Java().tokenize(["a \ud800 dog"]) == ["a dog"]
 
     told = tmp_path / "told"
     script = tmp_path / "bin" / "java"
@@ -322,8 +355,13 @@ def test_corenlp_is_fetched_into_the_cache(tmp_path, monkeypatch, capsys):
 def test_clip_scores_and_retrieval_are_their_formulas():
     vectors = torch.nn.functional.normalize(torch.randn(8, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
     texts = {"a": vectors[0], "b": vectors[1], "c": vectors[2]}
+
+    def embed(names):
+        assert all(name.startswith("A photo depicts ") for name in names)
+        return torch.stack([texts[name[-1]] for name in names])
+
     images = vectors[3:5]
-    found = clip_scores(lambda names: torch.stack([texts[n] for n in names]), images, ["a", "b"], [["b", "c"], ["b"]])
+    found = clip_scores(embed, images, ["a", "b"], [["b", "c"], ["b"]])
     for i, (own, others) in enumerate((("a", "bc"), ("b", "b"))):
         plain = 2.5 * max(0.0, float(texts[own] @ images[i]))
         best = max(0.0, *(float(texts[own] @ texts[other]) for other in others))

@@ -67,6 +67,8 @@ def score(
     """
     if (images is None) != (scorer is None):
         raise UserError("CLIPScore needs both the images' folder and a scorer: give --images and --scorer, or neither")
+    if out and Path(out).is_dir():
+        raise UserError(f"{out} is a folder: --out names the JSON file to write")
     files = _read_files(Path(candidates), Path(references), subset)
     engine = Java(java_heap, java_timeout, Path(corenlp) if corenlp else None)
     tokenized = tokenize if tokenizer == "own" else _by_java(engine, files)
@@ -257,15 +259,19 @@ def read_captions(path: Path, what: str) -> tuple[dict[str, list[str]], dict[str
         return dict(entries)
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         at = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path} is not valid JSON{at}: {getattr(error, 'msg', error)}") from None
     names: dict[str, str] = {}
+    seen: set[str] = set()
     if isinstance(content, dict) and isinstance(content.get("annotations"), list):
         for i, image in enumerate(content.get("images") or []):
             if not isinstance(image, dict) or "id" not in image:
                 raise UserError(f"{path}: images[{i}] has no id")
+            if str(image["id"]) in seen:
+                raise UserError(f"{path}: image {image['id']} comes twice in images")
+            seen.add(str(image["id"]))
             if isinstance(image.get("file_name"), str):
                 names[str(image["id"])] = image["file_name"]
         captions = _listed(path, content["annotations"], "annotations")
@@ -297,5 +303,7 @@ def _listed(path: Path, entries: list, where: str) -> dict[str, list[str]]:
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
             raise UserError(f"{path}: {where}[{i}] has no image_id or no caption: {entry!r:.60}")
+        if not isinstance(entry["image_id"], int | str):
+            raise UserError(f"{path}: {where}[{i}] has {entry['image_id']!r:.60} for an image_id")
         captions.setdefault(str(entry["image_id"]), []).append(entry["caption"])
     return captions

@@ -26,6 +26,8 @@ CIDER_SIGMA = 6.0
 ROUGE_BETA = 1.2
 THIS_CORPUS = "this corpus"
 BLEU = [f"BLEU-{order}" for order in range(1, MAX_ORDER + 1)]
+COCO_VAL_IMAGES = 40504
+"""Of COCO val2014, as CIDEr's authors have it in their code (github.com/vrama91/cider), not in their file."""
 MIN_IMAGES = 20
 """Below this many images the document frequencies of a corpus are too coarse for CIDEr."""
 _MASK = 2**32 - 1
@@ -111,7 +113,8 @@ class DocumentFrequencies(NamedTuple):
 
 def read_document_frequencies(path: Path) -> DocumentFrequencies:
     """Document frequencies from a file: `{"images": 40504, "document_frequency": {"a dog": 17, ...}}` as JSON, or the
-    field's `coco-val-df.p` as it is (`document_frequency` with tuples of words, `ref_len` the number of images).
+    field's pickles: `document_frequency` with tuples of words, and `ref_len`, the number of images; or the frequencies
+    alone, as in `coco-val-df.p`, which are then COCO val2014's.
 
     Of a pickle only dictionaries, tuples, strings and numbers are read; whatever else it names is refused and not run.
 
@@ -125,14 +128,26 @@ def read_document_frequencies(path: Path) -> DocumentFrequencies:
         else:
             with path.open("rb") as file:
                 content = _Plain(file, encoding="latin-1").load()
+        if path.suffix != ".json" and "document_frequency" not in content:
+            content = {"document_frequency": content, "images": COCO_VAL_IMAGES}
         images = content.get("images", content.get("ref_len"))
         counts = {tuple(k.split(" ")) if isinstance(k, str) else k: v for k, v in content["document_frequency"].items()}
         if not all(isinstance(k, tuple) and isinstance(v, int | float) for k, v in counts.items()):
             raise ValueError("an n-gram or its count is of another type")
+        if images < (most := max(counts.values(), default=1)):
+            raise ValueError(f"it names {images} images, but an n-gram occurs in {most}")
         return DocumentFrequencies(counts, int(images), path.name)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path} with document frequencies") from None
-    except (ValueError, TypeError, KeyError, AttributeError, EOFError, IndexError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UserError(f"document frequencies cannot be read from {path}: {error.strerror}") from None
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(
             f'{path} holds no document frequencies ({error}): it should be JSON, {{"images": N, '
             '"document_frequency": {"a dog": n, ...}}, or a file like coco-val-df.p'
@@ -212,13 +227,14 @@ class CaptionScorer:
                 for (owner, gram, _), table in zip(grams, self._tables, strict=True)
             ]
         else:
-            self._occurrences = None
+            self._occurrences = [np.zeros(0)] * MAX_ORDER
             if document_frequencies.images < (most := max(document_frequencies.counts.values(), default=1)):
                 raise ValueError(
                     f"The document frequencies name {document_frequencies.images} images, "
                     f"but an n-gram may occur in {most}: give the number of images they were counted over."
                 )
         self.document_frequencies = document_frequencies
+        self._occurrences = self._frequencies(self._tables, self._words)
         # Per order, sorted by image and n-gram: what each reference has of it, and the most that one reference has.
         self._postings = []
         for (owner, gram, count), idf in zip(grams, self._idf(self._tables, self._words), strict=True):
@@ -299,19 +315,23 @@ class CaptionScorer:
         return cider * 10 / (MAX_ORDER * (last - first)), counts
 
     def _idf(self, tables: list[np.ndarray], words: dict[str, int]) -> list[np.ndarray]:
-        if self._occurrences is not None:
-            found = [np.zeros(len(table)) for table in tables]
-            for counts, occurrences in zip(found, self._occurrences, strict=True):
-                counts[: len(occurrences)] = occurrences
-        else:
-            frequency, names, found = self.document_frequencies.counts, list(words), []
-            ngrams: list[Ngram] = [()]
-            for n, table in enumerate(tables):
-                prefix, word = (table >> 32, table & _MASK) if n else (table * 0, table)
-                ngrams = [(*ngrams[i], names[j]) for i, j in zip(prefix.tolist(), word.tolist(), strict=True)]
-                found.append(np.array([frequency.get(ngram, 0) for ngram in ngrams], dtype=float))
         log_images = math.log(self.document_frequencies.images)
-        return [log_images - np.log(np.maximum(1, counts)) for counts in found]
+        return [log_images - np.log(np.maximum(1, counts)) for counts in self._frequencies(tables, words)]
+
+    def _frequencies(self, tables: list[np.ndarray], words: dict[str, int]) -> list[np.ndarray]:
+        """Document frequencies of tables of n-grams; only those that the references lack are looked up."""
+        frequency, names, found = self.document_frequencies.counts, list(words), []
+        for n, (table, known) in enumerate(zip(tables, self._occurrences, strict=True)):
+            counts = np.zeros(len(table))
+            counts[: len(known)] = known
+            for i in range(len(known), len(table)) if frequency else ():
+                ngram, key = [], int(table[i])
+                for shorter in tables[:n][::-1]:
+                    ngram.append(names[key & _MASK])
+                    key = int(shorter[key >> 32])
+                counts[i] = frequency.get((names[key], *reversed(ngram)), 0)
+            found.append(counts)
+        return found
 
     def _rouge(self, text: str, index: int) -> float:
         """The F-measure, beta = 1.2, of the best precision and the best recall over the references."""

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 WEIGHT = 2.5
+PREFIX = "A photo depicts "
+"""The authors' code puts it before captions and references."""
 
 
 @torch.no_grad()
@@ -16,11 +18,10 @@ def clip_scores(
     """CLIPScore and RefCLIPScore of n captions (Hessel et al., EMNLP 2021, arXiv 2104.08718), each (n,), at least 0.
 
     CLIPScore = 2.5 max(cos(image, caption), 0); RefCLIPScore is its harmonic mean with max(cos(caption, reference), 0)
-    of the best reference. `images` and what `embed` makes of texts are of unit length. The authors' prefix "A photo
-    depicts" is not put before captions.
+    of the best reference. `images` and what `embed` makes of texts are of unit length; texts get the authors' prefix.
     """
     place = {text: i for i, text in enumerate(dict.fromkeys([*captions, *(r for row in references for r in row)]))}
-    texts = embed(list(place))
+    texts = embed([PREFIX + text for text in place])
     own = texts[[place[text] for text in captions]]
     plain = WEIGHT * (own * images).sum(-1).clamp(min=0)
     owners = torch.tensor([i for i, row in enumerate(references) for _ in row], device=own.device)

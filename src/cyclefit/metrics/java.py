@@ -55,13 +55,14 @@ class Java:
 
     def tokenize(self, captions: Sequence[str]) -> list[str]:
         """Stanford's PTBTokenizer (CoreNLP 3.4.1) as coco-caption uses it: lower case, punctuation removed."""
-        lines = [caption.replace("\n", " ") for caption in captions]
+        # All that Java takes for the end of a line, not only \n.
+        lines = [" ".join(caption.splitlines()) for caption in captions]
         if not lines:
             return []
         jar = _jars("tokenizer") / "stanford-corenlp-3.4.1.jar"
         command = ["-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
         said = self._run("the PTB tokenizer", command, jar.parent, "\n".join(lines) + "\n", "2G")
-        found = said.split("\n")[: len(lines)]
+        found = said.removesuffix("\n").split("\n")
         if len(found) != len(lines):
             raise Unavailable(f"the PTB tokenizer made {len(found)} lines of {len(lines)} captions")
         return [" ".join(word for word in line.rstrip().split(" ") if word not in PUNCTUATION) for line in found]
@@ -120,7 +121,7 @@ class Java:
         try:
             done = subprocess.run(
                 ["java", *options, *map(str, command)], input=text, cwd=folder, env=environment, timeout=self.timeout,
-                capture_output=True, text=True, encoding="utf-8",
+                capture_output=True, text=True, encoding="utf-8", errors="replace",
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             raise Unavailable(
