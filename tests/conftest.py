@@ -25,6 +25,12 @@ def shared():
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_service():
+    """No process that a test starts logs through the W&B service that an earlier test started in this one."""
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture(scope="session")
 def weights() -> Path:
     from cyclefit.miniature import WEIGHTS
