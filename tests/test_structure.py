@@ -17,6 +17,7 @@ LAYERS = [
     {"cycles", "rerank"},
     {"report"},
     {"finetune"},
+    {"dry_run"},
     {"cli", "evaluate"},
     {"miniature", "export"},
 ]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit import UserError
-from cyclefit.loading import freeze, loading, resized, seeded, whole
+from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Blip(Captioner):
         from transformers import AutoTokenizer, BlipConfig, BlipForConditionalGeneration
 
         with loading("captioner", pretrained):
-            if random_weights:
+            if random_weights or sketched():
                 self.model = BlipForConditionalGeneration(BlipConfig.from_pretrained(pretrained))
             else:
                 files = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
@@ -190,6 +190,7 @@ class Blip(Captioner):
         mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.trainable = trainable
         freeze(self)
         self._unfreeze(trainable, lora_rank)
 
@@ -217,13 +218,18 @@ class Blip(Captioner):
         """Last hidden states of the vision transformer."""
         images = resized(images, self.image_size, self.image_size)
         pixels = (images - self.image_mean) / self.image_std
-        return self.model.vision_model(pixels.to(self.model.vision_model.dtype)).last_hidden_state
+        tower = self.model.vision_model
+        with own_precision(tower, self.trainable != "all"):
+            return tower(pixels.to(tower.dtype)).last_hidden_state
 
     def logits(self, features: Float[Tensor, "b p d"], tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
         """Logits of each of `tokens` given the image and the tokens before it."""
         inputs = torch.cat([self.prefix.expand(len(tokens), -1), tokens[:, :-1]], 1)
         # Padding only ever follows the caption and attention is causal: no mask is needed.
-        hidden = self.model.text_decoder(input_ids=inputs, encoder_hidden_states=features, use_cache=False)
+        decoder = self.model.text_decoder
+        with own_precision(decoder, self.trainable is None):
+            features = features.to(decoder.dtype)
+            hidden = decoder(input_ids=inputs, encoder_hidden_states=features, use_cache=False)
         return hidden.logits[:, len(self.prefix) - 1 :]
 
     @torch.no_grad()
@@ -249,7 +255,7 @@ class Blip(Captioner):
                 processors.append(TopPLogitsWarper(decoding.top_p))
             uniforms = seeded(torch.rand, seeds, count, decoding.max_new_tokens, device=features.device)
             processors.append(SeededSampling(uniforms.flatten(0, 1).double(), len(prefix)))
-        features = features.repeat_interleave(count, 0)
+        features = features.to(self.model.text_decoder.dtype).repeat_interleave(count, 0)
         ids = prefix.repeat(len(features), 1)
         mode = self.model.text_decoder.training
         tokens = self.model.text_decoder.eval().generate(

@@ -1,6 +1,7 @@
 """The command line: LightningCLI, bare config names, one run in one folder."""
 
 import json
+import logging
 import math
 import os
 import signal
@@ -232,6 +233,9 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs", help="the folder of all runs")
         parser.add_argument("--ckpt_path", type=str | None, help="what to continue from: `last`, `auto`, a file")
         parser.add_argument("--group", type=str | None, help="the W&B group of this run")
+        parser.add_argument(
+            "--dry_run", type=bool, default=False, help="print what a step needs; nothing is downloaded or trained"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Decides the run's folder before anything is built or downloaded."""
@@ -239,6 +243,8 @@ class RunCLI(LightningCLI):
         if not config.name:
             raise UserError("the run has no name: add `name: ...` to the config or --name NAME")
         self.folder = Path(config.runs) / config.name
+        if config.dry_run:
+            return
         self.ckpt_path = config.ckpt_path
         if self.ckpt_path == "auto":  # `last`, or from the start where nothing was saved yet
             self.ckpt_path = "last" if saved(self.folder) else None
@@ -255,6 +261,14 @@ class RunCLI(LightningCLI):
                 "delete it"
             )
         config.trainer.default_root_dir = str(self.folder)
+
+    def instantiate_classes(self) -> None:
+        """The module, its data and the trainer; in a dry run the module alone, without weights."""
+        if not self.config.dry_run:
+            return super().instantiate_classes()
+        logging.disable(logging.WARNING)  # open_clip regrets the weights
+        with torch.device("meta"):
+            self.model = self._get(self.parser.instantiate_classes(self.config), "model")
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
         """The trainer, with the run's own loggers and checkpoints unless the config says otherwise."""
@@ -329,6 +343,11 @@ def train(arguments: list[str]) -> int:
         trainer_defaults={},
         run=False,
     )
+    if cli.config.dry_run:
+        from cyclefit.dry_run import report
+
+        report(cli.model, cli.config)
+        return 0
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
     if cli.stop.received:
         command = " ".join(["python", *sys.argv])

@@ -245,6 +245,8 @@ class CaptionerFinetune(Finetune):
         """Asserts that what is frozen is frozen and what is trained trains."""
         self.freeze_partner("generator")
         self.freeze_partner("scorer")
+        for module in (self.captioner, *(self.cycle.children() if self.cycle is not None else ())):
+            half_on_gpu(module)
         trains = {name.rpartition(".")[0] for name, p in self.captioner.named_parameters() if p.requires_grad}
         modes = dict(self.captioner.named_modules())
         if idle := [name for name in trains if not modes[name].training]:
@@ -582,11 +584,11 @@ class AlternatingFinetune(Finetune):
 
 
 def half_frozen(model: nn.Module) -> None:
-    """Trained parameters in fp32, all others in bf16 if they are on a GPU."""
+    """Trained parameters in fp32, all others in bf16 unless they are on the CPU."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-        elif parameter.is_cuda:
+        elif parameter.device.type != "cpu":
             parameter.data = parameter.data.bfloat16()
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cyclefit.loading import freeze, loading, resized, seeded, whole
+from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
 
 
 class Generator(nn.Module, ABC):
@@ -144,7 +144,7 @@ class StableDiffusion(Generator):
         from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
         with loading("generator", pretrained):
-            if random_weights:
+            if random_weights or sketched():
                 self.unet = UNet2DConditionModel.from_config(
                     UNet2DConditionModel.load_config(pretrained, subfolder="unet")
                 )
@@ -164,9 +164,10 @@ class StableDiffusion(Generator):
                 self.tokenizer = AutoTokenizer.from_pretrained(str(Path(pretrained) / "tokenizer"))
             else:
                 self.tokenizer = AutoTokenizer.from_pretrained(pretrained, subfolder="tokenizer")
-            self.scheduler = DPMSolverMultistepScheduler.from_pretrained(
-                pretrained, subfolder="scheduler", algorithm_type="dpmsolver++", lower_order_final=True
-            )
+            with torch.device("cpu"):
+                self.scheduler = DPMSolverMultistepScheduler.from_pretrained(
+                    pretrained, subfolder="scheduler", algorithm_type="dpmsolver++", lower_order_final=True
+                )
         self.pretrained = pretrained
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -174,7 +175,7 @@ class StableDiffusion(Generator):
         self.image_size = image_size or self.unet.config.sample_size * self.downsampling
         self.batch_size = batch_size
         self.num_timesteps = self.scheduler.config.num_train_timesteps
-        alphas_cumprod = self.scheduler.alphas_cumprod.float()
+        alphas_cumprod = self.scheduler.alphas_cumprod.float().to(torch.get_default_device())
         self.register_buffer("alphas", alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt(), persistent=False)
         self._empty: Tensor | None = None
@@ -218,12 +219,14 @@ class StableDiffusion(Generator):
     def encode_images(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h2 w2"]:
         """Scaled latents of images, the posterior's mean, without gradient."""
         images = resized(images, self.image_size, self.image_size, crop=True)
-        latents = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+        with own_precision(self.vae):
+            latents = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
 
     def decode_latents(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         """Images in [0, 1] of scaled latents; differentiable."""
-        images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        with own_precision(self.vae):
+            images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def tokenize(self, texts: list[str]) -> Int[Tensor, "b n"]:
@@ -235,7 +238,8 @@ class StableDiffusion(Generator):
     def encode_texts(self, texts: list[str]) -> Float[Tensor, "b n d"]:
         """The text encoder's last hidden states; repeated texts are encoded once."""
         unique = list(dict.fromkeys(texts))
-        hidden = self.text_encoder(self.tokenize(unique)).last_hidden_state.float()
+        with own_precision(self.text_encoder, not (self.lora and self.lora.text_encoder)):
+            hidden = self.text_encoder(self.tokenize(unique)).last_hidden_state.float()
         if len(unique) == len(texts):
             return hidden
         place = {text: i for i, text in enumerate(unique)}
@@ -245,7 +249,8 @@ class StableDiffusion(Generator):
         """The text encoder's last hidden states of token embeddings, as the vocabulary bridge gives; differentiable."""
         from cyclefit.bridge import encode_embeddings
 
-        return encode_embeddings(self.text_encoder, embeddings.to(self.text_encoder.dtype)).float()
+        with own_precision(self.text_encoder, not (self.lora and self.lora.text_encoder)):
+            return encode_embeddings(self.text_encoder, embeddings.to(self.text_encoder.dtype)).float()
 
     def noise(self, seeds: Sequence[int], *shape: int) -> Float[Tensor, "b ..."]:
         """Standard normal noise of `shape` (the latents' if not given) for each seed, on the model's device."""
@@ -269,7 +274,8 @@ class StableDiffusion(Generator):
     ) -> Float[Tensor, "b c h w"]:
         """What the denoiser says of noised latents, in the scheduler's own parametrisation."""
         dtype = self.unet.dtype
-        return self.unet(latents.to(dtype), timesteps, conditioning.to(dtype), return_dict=False)[0].float()
+        with own_precision(self.unet, self.lora is None):
+            return self.unet(latents.to(dtype), timesteps, conditioning.to(dtype), return_dict=False)[0].float()
 
     def errors(
         self,
@@ -306,7 +312,7 @@ class StableDiffusion(Generator):
             clean = alpha * noised - sigma * predicted
         else:
             clean = (noised - sigma * predicted) / alpha
-        return _checkpointed(self.decode_latents, clean)
+        return self._decoded(clean)
 
     def generate(
         self,
@@ -326,8 +332,14 @@ class StableDiffusion(Generator):
                 part = slice(start, start + self.batch_size)
                 conditioning = self.encode_texts(captions[part])
                 latents = self.denoise(conditioning, self.noise(seeds[part]), steps, guidance_scale, grad_steps)
-                images.append(_checkpointed(self.decode_latents, latents))
+                images.append(self._decoded(latents))
         return torch.cat(images)
+
+    def _decoded(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
+        """`decode_latents` of a few images at a time; where gradient flows, their activations are computed again."""
+        # One image of 512 px fills a GPU; its activations are 2.9 GiB, 0.4 where nothing is kept.
+        together = (1 if torch.is_grad_enabled() else 4) * 512**2 // self.image_size**2
+        return torch.cat([_checkpointed(self.decode_latents, part) for part in latents.split(max(1, together))])
 
     def denoise(
         self,

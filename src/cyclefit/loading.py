@@ -1,7 +1,7 @@
 """What every model adapter shares: pretrained files with a clear error, resizing, per-sample random numbers."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +88,34 @@ def seeded(draw, seeds: Sequence[int], *shape: int, device: torch.device | str =
     return torch.stack(rows).to(device, non_blocking=True)
 
 
+def sketched() -> bool:
+    """Whether adapters are being built without weights: inside `with torch.device("meta")`."""
+    return torch.get_default_device().type == "meta"
+
+
+def own_precision(network: nn.Module, frozen: bool = True) -> AbstractContextManager:
+    """Autocast off: a frozen network computes in the precision of its own weights, its norms included."""
+    if not frozen:
+        return nullcontext()
+    device = next(network.parameters()).device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """The module in eval mode with no parameter requiring a gradient."""
     return module.eval().requires_grad_(False)
 
 
 def half_on_gpu(adapter: nn.Module) -> nn.Module:
-    """A frozen adapter whose networks are in bf16 if they are on a GPU; its own buffers keep their precision."""
+    """An adapter whose frozen networks are in bf16 unless they are on the CPU; its own buffers keep their precision.
+
+    A network is frozen as a whole, or its parts are that are: BLIP's vision tower beside its trained decoder.
+    """
     for network in adapter.children():
-        if next(network.parameters()).is_cuda:
-            network.to(torch.bfloat16)
+        parts = network.children() if any(p.requires_grad for p in network.parameters()) else [network]
+        for part in parts:
+            parameter = next(part.parameters(), None)
+            if parameter is not None and parameter.device.type != "cpu":
+                if not any(p.requires_grad for p in part.parameters()):
+                    nn.Module.to(part, torch.bfloat16)  # diffusers' own warns of nothing
     return adapter

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cyclefit.loading import MissingModel, freeze, loading, resized
+from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched
 
 
 class Scorer(nn.Module, ABC):
@@ -65,7 +65,13 @@ class OpenClip(Scorer):
                 f"open_clip's models ({', '.join(open_clip.list_models()[:8])}, ...)"
             )
         with loading("scorer", model):
-            self.model = open_clip.create_model(identifier, None if local else pretrained, precision="fp32")
+            self.model = open_clip.create_model(
+                identifier,
+                None if local or sketched() else pretrained,
+                precision="fp32",
+                device=torch.get_default_device(),
+                load_weights=not sketched(),
+            )
             self.tokenizer = open_clip.get_tokenizer(identifier)
         self.name = Path(model).name if local else f"{model}/{pretrained}"
         self.batch_size = batch_size
@@ -88,7 +94,8 @@ class OpenClip(Scorer):
         Images are resized to the model's size by the shorter side, the centre cut out.
         """
         pixels = (resized(images, *self.image_size, crop=True) - self.image_mean) / self.image_std
-        parts = [self.model.encode_image(part.to(self.dtype)) for part in pixels.split(self.batch_size)]
+        with own_precision(self):
+            parts = [self.model.encode_image(part.to(self.dtype)) for part in pixels.split(self.batch_size)]
         embedded = torch.cat(parts).float()
         return F.normalize(embedded, dim=-1) if normalize else embedded
 
@@ -97,7 +104,8 @@ class OpenClip(Scorer):
         """Unit-length text embeddings; repeated texts are embedded once."""
         unique = list(dict.fromkeys(texts))
         tokens = self.tokenizer(unique).to(self.image_mean.device)
-        embeddings = torch.cat([self.model.encode_text(part) for part in tokens.split(self.batch_size)])
+        with own_precision(self):
+            embeddings = torch.cat([self.model.encode_text(part) for part in tokens.split(self.batch_size)])
         place = {text: i for i, text in enumerate(unique)}
         return F.normalize(embeddings.float(), dim=-1)[[place[text] for text in texts]]
 
@@ -115,6 +123,7 @@ class OpenClip(Scorer):
         ids.scatter_(1, lengths.to(ids.device)[:, None] + 1, end)
         hook = table.register_forward_hook(lambda *_: embeddings.to(table.weight.dtype))
         try:
-            return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+            with own_precision(self):
+                return F.normalize(self.model.encode_text(ids).float(), dim=-1)
         finally:
             hook.remove()

@@ -1,0 +1,355 @@
+"""Every configuration at full size: rate, time by parts, memory, utilisation; one command for the whole table.
+
+    python -m benchmarks.full_size [--models FOLDER] [--configs blip cycle_sd ...] [--out full_size.json]
+
+FOLDER holds the models by the last part of their hub names, configs and tokenizers alone: weights are random, on which
+neither time nor memory depends. Without it the published weights come from the hub. On a GPU the steps are those of the
+configurations; on a CPU one tiny step of each proves that it runs.
+
+A part is a method of a model, measured alone on the inputs that it got in a step, backward pass included where it had
+one, and times as often as the step called it. Model FLOPs leave out what checkpointing computes again; utilisation is
+their share of the device's rate in products of large bf16 matrices, which is measured first.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from benchmarks.costs import costs
+from benchmarks.loader import loading, pack, photograph
+from cyclefit import cli
+from cyclefit.batch import Batch
+from cyclefit.captioners import Decoding
+from cyclefit.data import ShardData
+from cyclefit.dry_run import CAPTION, matrix_rate, step_needs
+from cyclefit.finetune import Finetune
+from cyclefit.judges import Partners, Regeneration
+from cyclefit.loading import freeze, half_on_gpu
+from cyclefit.rerank import rerank
+
+ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning", "--model.cycle.num_images=4"]
+RUNS = {
+    "blip": ("blip.yaml", []),
+    "cycle_blip": ("cycle_blip.yaml", []),
+    "cycle_blip_reward": ("cycle_blip_reward.yaml", []),
+    "sd_lora": ("sd_lora.yaml", []),
+    "cycle_sd": ("cycle_sd.yaml", []),
+    "cycle_sd_one_step": ("cycle_sd.yaml", ONE_STEP),
+}
+TINY = {
+    "data": ["--data.batch_size=2"],
+    "generator": ["--model.generator.image_size=64", "--model.generator.steps=2"],
+    "cycle_blip_reward": ["--model.cycle.num_samples=2", "--model.cycle.max_new_tokens=4"],
+}
+PARTS = {
+    "captioner": ("captioner", ("embed", "logits", "generate")),
+    "text encoder": ("generator", ("encode_texts", "encode_embeddings")),
+    "denoiser": ("generator", ("predict",)),
+    "VAE": ("generator", ("encode_images", "decode_latents")),
+    "CLIP": ("scorer", ("embed_images", "embed_texts", "embed_soft_texts")),
+    "bridge": ("cycle.bridge", ("soft", "straight_through")),
+    "captioner at its start": ("cycle.start", ("logits",)),
+}
+
+
+class Parsed(cli.RunCLI):
+    """A configuration's module alone, without a run's folder, data or trainer."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is written."""
+
+    def instantiate_classes(self) -> None:
+        """Builds the module."""
+        self.model = self._get(self.parser.instantiate_classes(self.config), "model")
+
+
+def built(name: str, arguments: argparse.Namespace, device: str) -> tuple[Finetune, object]:
+    """The module of a configuration on the device, with random weights where there are none, and what was parsed."""
+    config, overrides = RUNS[name]
+    overrides = [*overrides, f"--model.seed={arguments.seed}"]
+    if arguments.models:
+        blip, diffusion = (arguments.models / part for part in (arguments.captioner, "stable-diffusion-v1-5"))
+        overrides += [f"--model.captioner.pretrained={blip}", f"--model.generator.pretrained={diffusion}"]
+        overrides += ["--model.captioner.random_weights=true", "--model.generator.random_weights=true"]
+        overrides += ["--model.scorer.pretrained=null"]
+        if name.startswith(("sd", "cycle_sd")):
+            overrides += ["--model.held_out.pretrained=null"]
+    if arguments.tiny:
+        overrides += [*TINY["data"], *TINY["generator"], *TINY.get(name, [])]
+    with patch.object(sys, "argv", ["train.py", *cli.resolve_configs(["--config", config]), *overrides]):
+        with torch.device(device) if device == "meta" else contextlib.nullcontext():
+            made = Parsed(
+                Finetune, ShardData, subclass_mode_model=True, auto_configure_optimizers=False,
+                save_config_callback=None, seed_everything_default=0, run=False,
+            )  # fmt: skip
+    return made.model.to(device), made.config
+
+
+@dataclass
+class Call:
+    """A call of a part, with inputs like those it got."""
+
+    function: Callable
+    inputs: tuple
+    backward: bool
+    count: int = 1
+
+
+@dataclass
+class Recorder:
+    """The calls of all parts within one step, alike ones counted."""
+
+    calls: dict[str, dict[tuple, Call]] = field(default_factory=dict)
+    recomputing: bool = False
+    """In the backward pass: what is called again there has no backward pass of its own."""
+
+    def watch(self, part: str, model: object, method: str) -> contextlib.AbstractContextManager:
+        """Records the calls of a model's method as a part's."""
+        function = getattr(model, method)
+
+        def recorded(*args, **kwargs):
+            made = function(*args, **kwargs)
+            backward = isinstance(made, Tensor) and made.requires_grad and not self.recomputing
+            like = str(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs)))
+            key = method, like if method != "predict" else str(args[0].shape), backward, torch.is_grad_enabled()
+            known = self.calls.setdefault(part, {})
+            if key in known:
+                known[key].count += 1
+            else:
+                inputs = tree_map(lambda x: _copy(x) if isinstance(x, Tensor) else x, (args, kwargs))
+                known[key] = Call(function, inputs, backward)
+            return made
+
+        return patch.object(model, method, recorded)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def replay(call: Call) -> None:
+    """The call alone, with a backward pass where it had one."""
+    args, kwargs = call.inputs
+    with torch.set_grad_enabled(call.backward):
+        made = call.function(*args, **kwargs)
+    if call.backward:
+        made.backward(torch.ones_like(made))
+    for tensor in tree_leaves(call.inputs):
+        if isinstance(tensor, Tensor):
+            tensor.grad = None
+
+
+def seconds(function: Callable[[], object], rounds: int) -> float:
+    """The median time of a call, the device's work included."""
+    taken = []
+    for _ in range(rounds + 1):
+        _wait()
+        start = time.perf_counter()
+        function()
+        _wait()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[1:] or taken)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def autocast(device: str) -> torch.autocast:
+    """The precision of the configurations, on a GPU."""
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def part_of(module: Finetune, path: str) -> object | None:
+    """A model of a module by its path, None where it has none."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def training(name: str, arguments: argparse.Namespace, device: str, rate: float) -> dict:
+    """One configuration's step: its rate, parts, memory, FLOPs."""
+    sketch, config = built(name, arguments, "meta")
+    count, size = config.data.batch_size, 64 if arguments.tiny else config.data.image_size
+    needs = step_needs(sketch, count, size)
+    with patch("cyclefit.generators.checkpoint", lambda function, *inputs, **_: function(*inputs)):
+        flops = step_needs(built(name, arguments, "meta")[0], count, size).flops
+    del sketch
+    module, _ = built(name, arguments, device)
+    module.setup("fit")
+    module.on_fit_start()
+    module.over_ranks = lambda value: value.detach()
+    captions = [f"{CAPTION} {k}" for k in range(count)]
+    images = torch.rand(count, 3, size, size, device=device)
+    batch = Batch(images, captions, [[caption] for caption in captions], captions)
+    parameters = list(module.trained.values())
+    optimizer = module.configure_optimizers()["optimizer"]
+
+    def forward() -> Tensor:
+        with autocast(device):
+            return module.objective(batch, list(range(count)))[0]
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        update()
+
+    step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step_time = seconds(step, arguments.rounds)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        for part, (path, methods) in PARTS.items():
+            model = part_of(module, path)
+            for method in methods if model is not None else ():
+                stack.enter_context(recorder.watch(part, model, method))
+        loss = forward()
+        recorder.recomputing = True
+        loss.backward()
+    parts = {}
+    for part, calls in recorder.calls.items():
+        with autocast(device):
+            parts[part] = sum(c.count * seconds(lambda c=c: replay(c), arguments.rounds) for c in calls.values())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    parts["optimizer"] = seconds(update, arguments.rounds)
+    return {
+        "batch": count,
+        "samples_per_second": count / step_time,
+        "step_ms": 1e3 * step_time,
+        "parts_ms": {part: 1e3 * value for part, value in parts.items()},
+        "step_over_parts": step_time / sum(parts.values()),
+        "peak_gib": peak and peak / 2**30,
+        "predicted_gib": (needs.memory / 2**30) if not arguments.tiny else None,
+        "tflop_per_sample": flops / count / 1e12,
+        "utilisation": flops / step_time / rate,
+        "calls": {part: sum(call.count for call in calls.values()) for part, calls in recorder.calls.items()},
+    }
+
+
+def reranking(arguments: argparse.Namespace, device: str, rate: float) -> dict:
+    """Best of ten by the image cycle."""
+    module, config = built("cycle_blip", arguments, device)
+    for model in (module.captioner, module.generator, module.scorer):
+        half_on_gpu(freeze(model))
+    count, candidates = (1, 2) if arguments.tiny else (config.data.batch_size, 10)
+    size = 64 if arguments.tiny else config.data.image_size
+    generator = module.generator
+    images = torch.rand(count, 3, size, size, device=device)
+    partners, decoding = Partners(generator, module.scorer), [Decoding("nucleus", candidates)]
+
+    def step() -> None:
+        rerank(module.captioner, partners, {"image cycle": Regeneration()}, images, decoding, list(range(count)))
+
+    step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    taken = seconds(step, max(1, arguments.rounds // 3))
+    parts = {"unet": generator.unet, "vae": generator.vae, "text": generator.text_encoder}
+    formulas = costs({**parts, "blip": module.captioner.model}, generator.image_size)
+    flops = formulas.candidates(candidates) + formulas.regeneration(candidates, generator.steps)
+    return {
+        "batch": count,
+        "samples_per_second": count / taken,
+        "step_ms": 1e3 * taken,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        "tflop_per_sample": flops / 1e12,
+        "utilisation": count * flops / taken / rate,
+    }
+
+
+def loader(arguments: argparse.Namespace) -> dict:
+    """Images a second of the training loader alone, 512 px JPEGs, all cores."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = pack(Path(folder), 512, 16, [photograph(rng, 640, 480, 90) for _ in range(16)])
+        workers = min(torch.get_num_threads(), 16)
+        data = ShardData(
+            shards, image_size=512, batch_size=8, epoch_size=8 * (40 + 4 * workers), num_workers=workers,
+            shuffle_buffer=64,
+        )  # fmt: skip
+        return {"workers": workers, "samples_per_second": loading(data)[0]}
+
+
+def show(results: dict) -> None:
+    """Prints the tables of docs/performance.md."""
+    console = Console(width=150)
+    made = Table(title=f"{results['device']}, {results['matrix_tflops']:.1f} TFLOP/s in bf16 products of matrices")
+    columns = "|batch|samples/s|step, ms|of its parts|peak GiB|predicted|TFLOP/sample|utilisation".split("|")
+    for column in columns:
+        made.add_column(column, justify="right" if column else "left")
+    for name, row in results["runs"].items():
+        values = row["batch"], row["samples_per_second"], row["step_ms"], row.get("step_over_parts")
+        values += row.get("peak_gib"), row.get("predicted_gib"), row["tflop_per_sample"]
+        cells = ["" if value is None else f"{value:.3g}" for value in values]
+        made.add_row(name, *cells, f"{row['utilisation']:.1%}")
+    console.print(made)
+    parts = list(dict.fromkeys(part for row in results["runs"].values() for part in row.get("parts_ms", ())))
+    made = Table(title="Parts of a step alone, ms (calls)")
+    for column in ("", *parts):
+        made.add_column(column, justify="right" if column else "left")
+    for name, row in results["runs"].items():
+        if "parts_ms" in row:
+            calls = row["calls"]
+            shown = [f"{row['parts_ms'][p]:.3g} ({calls.get(p, 1)})" if p in row["parts_ms"] else "" for p in parts]
+            made.add_row(name, *shown)
+    console.print(made)
+    line = results["loader"]
+    console.print(f"loader alone, {line['workers']} workers: {line['samples_per_second']:.0f} images/s")
+
+
+def main() -> None:
+    """Measures what was asked for, prints it and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
+    parser.add_argument("--captioner", default="blip-image-captioning-base", help="its folder in --models")
+    parser.add_argument("--configs", nargs="+", choices=[*RUNS, "rerank"], default=[*RUNS, "rerank"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("full_size.json"))
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments.tiny = device == "cpu"
+    if arguments.tiny:
+        arguments.rounds = 1
+    torch.set_float32_matmul_precision("high")
+    rate = matrix_rate(device, 8192 if device == "cuda" else 1024)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} cores"
+    results = {"device": machine, "torch": torch.__version__, "matrix_tflops": rate / 1e12, "runs": {}}
+    results["loader"] = loader(arguments)
+    for name in arguments.configs:
+        print(f"{name} ...", file=sys.stderr)
+        measure = reranking(arguments, device, rate) if name == "rerank" else training(name, arguments, device, rate)
+        results["runs"][name] = measure
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")  # what is measured is kept
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    show(results)
+
+
+if __name__ == "__main__":
+    main()

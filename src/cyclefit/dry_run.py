@@ -1,0 +1,274 @@
+"""What a step of a configuration needs of a GPU, before weights are downloaded: it is run on torch's `meta` device.
+
+Tensors of that device have shapes and no values. The step is the one that training runs, with bf16 and fused attention
+as on a GPU; every matrix product is counted, and every tensor from when it is made until nothing refers to it. Not in
+the figures: fragmentation of the allocator, workspaces of kernels, the buckets of DDP, validation.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from cyclefit.batch import Batch
+from cyclefit.finetune import AlternatingFinetune, Finetune
+
+CAPTION = "a man in a red shirt is riding a brown horse along the beach"
+"""As long as captions of photographs are; the step's captions differ in a number."""
+
+CONTEXT = 0.6 * 2**30
+"""Bytes that CUDA itself and its libraries take."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made within it that are still referred to, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for storage in self._storages((args, kwargs)):
+            self._known.setdefault(storage, True)  # made before: weights
+        made = func(*args, **(kwargs or {}))
+        for storage in self._storages(made):
+            if storage not in self._known:
+                self._known[storage] = True
+                weakref.finalize(storage, self._drop, storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return made
+
+    @staticmethod
+    def _storages(values) -> Iterator[torch.UntypedStorage]:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                yield value.untyped_storage()
+
+    def _drop(self, size: int) -> None:
+        self.live -= size
+
+
+HALF = [
+    *((F, name) for name in ("linear", "conv2d")),
+    *((torch, name) for name in ("matmul", "bmm", "baddbmm", "einsum")),
+    *((Tensor, name) for name in ("matmul", "__matmul__")),
+]
+FULL = [
+    *((F, name) for name in ("softmax", "log_softmax", "layer_norm", "group_norm", "cross_entropy")),
+    *((owner, name) for owner in (torch, Tensor) for name in ("softmax", "log_softmax")),
+]
+
+
+class Autocast:
+    """What autocast does on a GPU, for tensors on the `meta` device, which it leaves alone there."""
+
+    def __init__(self):
+        self.copies: dict[int, Tensor] = {}
+
+    def patches(self) -> Iterator:
+        """The functions that work in bf16, and those that ask for float32."""
+        for change, functions in ((self._half, HALF), (self._full, FULL)):
+            for owner, name in functions:
+                yield patch.object(owner, name, self._changed(getattr(owner, name), change))
+
+    @staticmethod
+    def _changed(function: Callable, change: Callable) -> Callable:
+        def changed(*args, **kwargs):
+            if torch.is_autocast_enabled("cpu"):
+                args = [change(x) for x in args]
+                kwargs = {name: change(x) for name, x in kwargs.items()}
+            return function(*args, **kwargs)
+
+        return changed
+
+    def _half(self, value):
+        if not (isinstance(value, Tensor) and value.dtype == torch.float32 and value.device.type == "meta"):
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.bfloat16()
+        if id(value) not in self.copies:  # autocast keeps the copies of what is trained
+            with torch.enable_grad():
+                self.copies[id(value)] = value.bfloat16()
+        return self.copies[id(value)]
+
+    @staticmethod
+    def _full(value):
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
+
+
+def fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Attention without its matrix of scores in memory, as the kernels of a GPU have it."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.bfloat16() for x in (query, key, value))
+    graded = any(x.requires_grad for x in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, graded and torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one step takes; everything in bytes but `flops`."""
+
+    weights: int
+    """Of all models, with their buffers and the moving average."""
+    training: int
+    """Gradients and the optimizer's state."""
+    activations: int
+    """At most, beside both: what a step keeps for its backward pass and computes on the way."""
+    flops: int
+    """Of one batch, forward and backward, with what checkpointing computes again."""
+
+    @property
+    def memory(self) -> float:
+        """Of the GPU, with CUDA's own."""
+        return self.weights + self.training + self.activations + CONTEXT
+
+
+def step_needs(module: Finetune, batch_size: int, image_size: int, autocast: bool = True) -> Needs:
+    """Runs a step of a module that was built inside `with torch.device("meta")`, twice: for its memory and its FLOPs.
+
+    Captions that are sampled are as long as they may be, which is the most it can take.
+    """
+    module.setup("fit")
+    module.on_fit_start()
+    halves, turns = [module], [module.trained]
+    if isinstance(module, AlternatingFinetune):
+        halves, turns = [module.captioning, module.drawing], module.turns
+    weights = sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
+    if getattr(module, "ema", None) is not None:
+        weights += sum(tensor.nbytes for tensor in module.ema.shadow_params)
+    batch = Batch(
+        images=torch.empty(batch_size, 3, image_size, image_size, device="meta"),
+        captions=(captions := [f"{CAPTION} {k}" for k in range(batch_size)]),
+        references=[[caption] for caption in captions],
+        keys=captions,
+    )
+
+    def steps() -> None:
+        for half, turn in zip(halves, turns, strict=True):
+            for parameters in turns:
+                for parameter in parameters.values():
+                    parameter.requires_grad_(parameters is turn)
+            loss, _, _ = half.objective(batch, list(range(batch_size)))
+            loss.backward()
+
+    memory, flops = LiveBytes(), FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        for half in halves:
+            for change in _without_values(half):
+                stack.enter_context(change)
+        for change in Autocast().patches():
+            stack.enter_context(change)
+        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+        with memory:
+            for parameters in turns:
+                for parameter in parameters.values():
+                    parameter.grad = torch.empty_like(parameter)
+            made = module.configure_optimizers()
+            optimizers = made[0] if isinstance(made, tuple) else [made["optimizer"]]
+            for optimizer in optimizers:
+                optimizer.step()
+            training = memory.live
+            steps()
+        with flops:
+            steps()
+    return Needs(weights, training, memory.peak - training, flops.get_total_flops())
+
+
+def _without_values(half: Finetune) -> Iterator:
+    """Changes for what looks at values, which tensors on the `meta` device do not have."""
+    captioner = half.captioner
+
+    def generate(features, decoding, seeds):
+        count, length = decoding.num_samples, decoding.max_new_tokens
+        tokens = torch.zeros(len(features) * count, length, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            captioner.logits(features.repeat_interleave(count, 0), tokens)
+        return tokens.unflatten(0, (-1, count))
+
+    def decode(tokens):
+        return [f"{CAPTION} {k}" for k in range(len(tokens))]
+
+    yield patch.object(half, "over_ranks", lambda value: value.detach())  # there is no trainer
+    yield patch.object(F, "scaled_dot_product_attention", fused_attention)
+    if captioner is not None:
+        yield patch.object(captioner, "generate", generate)
+        yield patch.object(captioner, "decode", decode)
+
+
+PEAKS = {"RTX 4090": 165e12, "A100": 312e12, "H100, H200": 989e12}
+"""FLOP/s of dense bf16 products, as published."""
+
+UTILISATION = 0.4
+"""Share of the peak that a training step is taken to reach."""
+
+
+def report(module: Finetune, config) -> None:
+    """Prints what is trained, and the memory and time of a step of the parsed `config` on one GPU."""
+    data, trainer, giga = config.data, config.trainer, 2**30
+    console = Console(soft_wrap=True)
+    with console.status("running a step without values"):
+        needs = step_needs(module, data.batch_size, data.image_size, "mixed" in str(trainer.precision))
+    table = Table(title=f"{config.name}: batches of {data.batch_size}, images of {data.image_size} px")
+    table.add_column("model")
+    for column in ("million parameters", "trained", "GiB"):
+        table.add_column(column, justify="right")
+    for name, part in module.named_modules():
+        parameters = list(part.parameters())
+        if name in PARTS and parameters:
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            count, size = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+            table.add_row(name, f"{count / 1e6:,.1f}", f"{trained / 1e6:,.2f}", f"{size / giga:.2f}")
+    console.print(table)
+    console.print(
+        f"memory of one GPU: {needs.memory / giga:.1f} GiB = weights {needs.weights / giga:.1f} + gradients and "
+        f"optimizer {needs.training / giga:.2f} + activations {needs.activations / giga:.1f} + CUDA, about "
+        f"{CONTEXT / giga:.1f}"
+    )
+    batches, steps = trainer.accumulate_grad_batches or 1, trainer.max_steps or -1
+    console.print(f"a batch: {needs.flops / 1e12:,.2f} TFLOP; with {UTILISATION:.0%} of the rate of one GPU in bf16:")
+    for name, rate in _rates().items():
+        seconds = needs.flops / (UTILISATION * rate)
+        line = f"  {name}, {rate / 1e12:,.0f} TFLOP/s: {seconds:.3f} s, {data.batch_size / seconds:,.0f} images/s"
+        if steps > 0:
+            hours = seconds * batches * steps / 3600
+            line += f"; {steps:,} steps of {batches} batches: {hours:,.1f} h without validation"
+        console.print(line)
+
+
+PARTS = ("captioner", "generator", "scorer", "held_out", "cycle", "captioning.cycle", "drawing.cycle")
+
+
+def _rates() -> dict[str, float]:
+    """The published peaks; on a GPU, its own rate as measured on products of large matrices."""
+    return {torch.cuda.get_device_name(): matrix_rate()} if torch.cuda.is_available() else PEAKS
+
+
+def matrix_rate(device: str = "cuda", size: int = 8192) -> float:
+    """FLOP/s of a product of square bf16 matrices, the best of ten."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
