@@ -26,6 +26,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -40,7 +41,7 @@ from cyclefit.data import ShardData
 from cyclefit.dry_run import CAPTION, matrix_rate, step_needs
 from cyclefit.finetune import Finetune
 from cyclefit.judges import Partners, Regeneration
-from cyclefit.loading import freeze, half_on_gpu
+from cyclefit.loading import freeze
 from cyclefit.rerank import rerank
 
 ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning", "--model.cycle.num_images=4"]
@@ -82,14 +83,18 @@ class Parsed(cli.RunCLI):
 def built(name: str, arguments: argparse.Namespace, device: str) -> tuple[Finetune, object]:
     """The module of a configuration on the device, with random weights where there are none, and what was parsed."""
     config, overrides = RUNS[name]
-    overrides = [*overrides, f"--model.seed={arguments.seed}"]
+    overrides = list(overrides)
     if arguments.models:
-        blip, diffusion = (arguments.models / part for part in (arguments.captioner, "stable-diffusion-v1-5"))
-        overrides += [f"--model.captioner.pretrained={blip}", f"--model.generator.pretrained={diffusion}"]
-        overrides += ["--model.captioner.random_weights=true", "--model.generator.random_weights=true"]
-        overrides += ["--model.scorer.pretrained=null"]
-        if name.startswith(("sd", "cycle_sd")):
-            overrides += ["--model.held_out.pretrained=null"]
+        folders = {"captioner": arguments.captioner, "generator": "stable-diffusion-v1-5"}
+        changes = {
+            part: {"init_args": {"pretrained": str(arguments.models / folder), "random_weights": True}}
+            for part, folder in folders.items()
+        }
+        changes |= {"scorer": {"init_args": {"pretrained": None}}}
+        if "sd" in name:
+            changes |= {"held_out": {"init_args": {"pretrained": None}}}
+        (file := arguments.out.with_suffix(".yaml")).write_text(yaml.safe_dump({"model": {"init_args": changes}}))
+        overrides = [f"--config={file}", *overrides]
     if arguments.tiny:
         overrides += [*TINY["data"], *TINY["generator"], *TINY.get(name, [])]
     with patch.object(sys, "argv", ["train.py", *cli.resolve_configs(["--config", config]), *overrides]):
@@ -172,9 +177,11 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def autocast(device: str) -> torch.autocast:
-    """The precision of the configurations, on a GPU."""
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def half(module: torch.nn.Module) -> None:
+    """Frozen parameters in bf16 on the CPU too, where `on_fit_start` leaves them."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
 
 
 def part_of(module: Finetune, path: str) -> object | None:
@@ -195,6 +202,7 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
     module, _ = built(name, arguments, device)
     module.setup("fit")
     module.on_fit_start()
+    half(module)
     module.over_ranks = lambda value: value.detach()
     captions = [f"{CAPTION} {k}" for k in range(count)]
     images = torch.rand(count, 3, size, size, device=device)
@@ -203,7 +211,7 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
     optimizer = module.configure_optimizers()["optimizer"]
 
     def forward() -> Tensor:
-        with autocast(device):
+        with torch.autocast(device, torch.bfloat16):
             return module.objective(batch, list(range(count)))[0]
 
     def update() -> None:
@@ -231,7 +239,7 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
         loss.backward()
     parts = {}
     for part, calls in recorder.calls.items():
-        with autocast(device):
+        with torch.autocast(device, torch.bfloat16):
             parts[part] = sum(c.count * seconds(lambda c=c: replay(c), arguments.rounds) for c in calls.values())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -254,7 +262,7 @@ def reranking(arguments: argparse.Namespace, device: str, rate: float) -> dict:
     """Best of ten by the image cycle."""
     module, config = built("cycle_blip", arguments, device)
     for model in (module.captioner, module.generator, module.scorer):
-        half_on_gpu(freeze(model))
+        half(freeze(model))
     count, candidates = (1, 2) if arguments.tiny else (config.data.batch_size, 10)
     size = 64 if arguments.tiny else config.data.image_size
     generator = module.generator
@@ -328,7 +336,6 @@ def main() -> None:
     parser.add_argument("--captioner", default="blip-image-captioning-base", help="its folder in --models")
     parser.add_argument("--configs", nargs="+", choices=[*RUNS, "rerank"], default=[*RUNS, "rerank"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("full_size.json"))
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

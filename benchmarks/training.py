@@ -1,0 +1,186 @@
+"""Training steps against what one would otherwise write, on the same work, in the same process.
+
+    python -m benchmarks.training [--models FOLDER] [--batch_size 8]
+
+`sd_lora` against the step of diffusers' text-to-image LoRA example written out plainly; `cycle_blip` against the
+paper's step written out plainly, one image at a time in float32 as its code has it, and at our batch and precision.
+FOLDER is that of benchmarks.full_size; without it the models are the miniature world's. Steps alternate; figures are
+medians.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from benchmarks.full_size import seconds
+from cyclefit.batch import Batch
+from cyclefit.bridge import encode_embeddings
+from cyclefit.captioners import Blip
+from cyclefit.cycles import SoftCaptionDenoising
+from cyclefit.dry_run import CAPTION
+from cyclefit.finetune import CaptionerFinetune, GeneratorFinetune
+from cyclefit.generators import Lora, StableDiffusion
+from cyclefit.miniature import WEIGHTS
+
+SCALE = 0.18215
+"""Of Stable Diffusion's latents."""
+
+
+def models(arguments: argparse.Namespace, device: str, lora: Lora | None = None) -> tuple[Blip, StableDiffusion]:
+    """A captioner to be trained as the paper's is, and a generator."""
+    random, folder = arguments.models is not None, arguments.models or WEIGHTS
+    blip, diffusion = (
+        ("blip-image-captioning-base", "stable-diffusion-v1-5") if random else ("blip", "stable-diffusion")
+    )
+    captioner = Blip(str(folder / blip), trainable="cross-attention queries", random_weights=random)
+    generator = StableDiffusion(str(folder / diffusion), lora=lora, random_weights=random)
+    return captioner.to(device), generator.to(device)
+
+
+def batch(count: int, size: int, device: str) -> Batch:
+    """Images of noise with captions of a usual length."""
+    captions = [f"{CAPTION} {k}" for k in range(count)]
+    return Batch(torch.rand(count, 3, size, size, device=device), captions, [[c] for c in captions], captions)
+
+
+def ours(module, samples: Batch, device: str):
+    """The step of a configuration, bf16-mixed on a GPU."""
+    module.to(device).setup("fit")
+    module.on_fit_start()
+    module.over_ranks = lambda value: value.detach()
+    parameters = list(module.trained.values())
+    optimizer = torch.optim.AdamW(parameters, 1e-5)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = module.objective(samples, list(range(len(samples))))[0]
+        update(loss, parameters, optimizer)
+
+    return step
+
+
+def update(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Backward pass, clipping, the optimizer's step."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+def diffusers_lora(generator: StableDiffusion, samples: Batch, device: str):
+    """The step of diffusers' examples/text_to_image/train_text_to_image_lora.py: VAE, noise, text encoder, UNet."""
+    unet, vae, text_encoder = generator.unet, generator.vae, generator.text_encoder
+    scheduler = DDPMScheduler.from_config(generator.scheduler.config)
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-5)
+    pixels = samples.images * 2 - 1
+
+    def step() -> None:
+        ids = generator.tokenizer(
+            samples.captions, max_length=77, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids.to(device)[:, : text_encoder.config.max_position_embeddings]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            conditioning = text_encoder(ids, return_dict=False)[0]
+            predicted = unet(noisy, timesteps, conditioning, return_dict=False)[0]
+            snr = compute_snr(scheduler, timesteps)
+            weights = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], 1).min(1)[0] / snr
+            losses = F.mse_loss(predicted.float(), noise.float(), reduction="none").mean((1, 2, 3))
+            loss = (losses * weights).mean()
+        update(loss, parameters, optimizer)
+
+    return step
+
+
+def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, device: str, half: bool):
+    """The paper's captioner step: BLIP's loss, its soft caption through the text encoder, the denoising error."""
+    cycle = SoftCaptionDenoising()
+    partners = CaptionerFinetune(captioner, generator).partners
+    cycle.prepare(captioner, partners)
+    bridge = cycle.bridge.to(device)
+    unet, vae, text_encoder = generator.unet, generator.vae, generator.text_encoder
+    if half:
+        for network in (unet, vae, text_encoder):
+            network.to(torch.bfloat16)
+    scheduler = DDPMScheduler.from_config(generator.scheduler.config)
+    parameters = [p for p in captioner.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-5)
+
+    def step() -> None:
+        tokens = captioner.tokenize(samples.captions)
+        ids = torch.cat([captioner.prefix.expand(len(tokens), -1), tokens], 1)
+        pixels = F.interpolate(samples.images, (captioner.image_size,) * 2, mode="bicubic", antialias=True)
+        pixels = (pixels - captioner.image_mean) / captioner.image_std
+        with torch.autocast(device, torch.bfloat16, enabled=half and device == "cuda"):
+            seen = captioner.model(pixel_values=pixels, input_ids=ids, labels=ids)
+            probabilities = seen.logits[:, len(captioner.prefix) - 1 : -1].float().softmax(-1)
+            embedded = bridge.soft(probabilities, captioner.mask(tokens).sum(1).long() - 1)
+            conditioning = encode_embeddings(text_encoder, embedded.to(text_encoder.dtype))
+            latents = vae.encode((samples.images * 2 - 1).to(vae.dtype)).latent_dist.sample() * SCALE
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            predicted = unet(noisy, timesteps, conditioning, return_dict=False)[0]
+            loss = seen.loss + F.mse_loss(predicted.float(), noise.float())
+        update(loss, parameters, optimizer)
+        loss.item()  # its code logs every step
+
+    return step
+
+
+def compare(title: str, steps: dict[str, tuple], rounds: int) -> None:
+    """Prints samples a second of steps of `count` samples each, and the first one's rate over the others'."""
+    times = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, count) in steps.items():
+            times[name].append(seconds(step, 3) / count)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = next(iter(medians.values()))
+    print(title)
+    for name, value in medians.items():
+        print(f"  {name:<44}{1 / value:10.3g} samples/s   {value / first:6.2f}")
+
+
+def main() -> None:
+    """Prints both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--image_size", type=int, help="the generator's own unless given")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+
+    _, generator = models(arguments, device, Lora())
+    samples = batch(arguments.batch_size, arguments.image_size or generator.image_size, device)
+    module = GeneratorFinetune(generator, validation_images=0)
+    steps = {
+        "sd_lora": (ours(module, samples, device), arguments.batch_size),
+        "diffusers' example": (diffusers_lora(generator, samples, device), arguments.batch_size),
+    }
+    compare(f"sd_lora, batch of {arguments.batch_size}, {samples.images.shape[-1]} px", steps, arguments.rounds)
+    del generator, module, steps
+
+    captioner, generator = models(arguments, device)
+    module = CaptionerFinetune(captioner, generator, cycle=SoftCaptionDenoising(), round_trip_images=0)
+    steps = {"cycle_blip": (ours(module, samples, device), arguments.batch_size)}
+    single = batch(1, samples.images.shape[-1], device)
+    steps["the paper's step, batch 1, float32"] = papers_step(*models(arguments, device), single, device, False), 1
+    steps["the same at our batch and precision"] = (
+        papers_step(*models(arguments, device), samples, device, device == "cuda"),
+        arguments.batch_size,
+    )
+    compare(f"cycle_blip, batch of {arguments.batch_size}, {samples.images.shape[-1]} px", steps, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
