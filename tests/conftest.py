@@ -5,11 +5,11 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", TOKENIZERS_PARALLELISM="false")
 
-# A shell's background job ignores it, and so would every process that a test starts and interrupts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 from jaxtyping import install_import_hook
+
+# A shell's background job ignores it, and so would every process that a test starts and interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The shapes written on public methods are checked in the tests, and only there.
 HOOK = install_import_hook(

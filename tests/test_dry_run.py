@@ -13,7 +13,7 @@ from cyclefit import cli
 from cyclefit.batch import Batch
 from cyclefit.captioners import Blip
 from cyclefit.cycles import SoftCaptionDenoising, TruncatedSampling
-from cyclefit.dry_run import CAPTION, step_needs
+from cyclefit.dry_run import CAPTION, LiveBytes, step_needs
 from cyclefit.finetune import CaptionerFinetune, GeneratorFinetune
 from cyclefit.generators import Lora, StableDiffusion
 from cyclefit.scorers import OpenClip
@@ -87,6 +87,9 @@ def test_memory_is_what_the_profiler_sees_of_the_real_step(step, weights):
 def test_the_command_prints_parameters_memory_and_time_and_leaves_nothing_behind(weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.symlink(ROOT / "src", tmp_path / "src")
+    run = tmp_path / "runs" / "miniature_cycle_both"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: that is there already\n")
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert cli.train(["--config", "miniature_cycle_both.yaml", "--dry_run=true", "--data.train=nowhere"]) == 0
     said = said.getvalue()
@@ -94,7 +97,8 @@ def test_the_command_prints_parameters_memory_and_time_and_leaves_nothing_behind
     parameters = sum(p.numel() for p in module.captioner.parameters()) / 1e6
     assert f"{parameters:,.1f}" in said
     assert all(part in said for part in ("miniature_cycle_both", "memory of one GPU", "TFLOP", "A100", "images/s"))
-    assert [path.name for path in tmp_path.iterdir()] == ["src"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "src"]
+    assert [path.name for path in run.parent.rglob("*")] == ["miniature_cycle_both", "config.yaml"]
 
 
 def test_a_dry_run_of_a_model_that_is_not_there_says_so(tmp_path, monkeypatch):
@@ -135,6 +139,18 @@ def test_memory_of_the_captioner_at_full_size(published, batch_size, limit):
     needs = step_needs(module, batch_size, 512)
     assert needs.memory / GIB < 0.7 * limit  # with room for the allocator
     assert sum(p.numel() for p in module.parameters()) > 1.9e9
+
+
+def test_decoding_with_gradient_takes_the_memory_of_one_image(published):
+    with torch.device("meta"):
+        generator = StableDiffusion(str(published[1]))
+    peaks = []
+    for count in (1, 4):
+        latents = torch.empty(count, 4, 64, 64, device="meta", requires_grad=True)
+        with LiveBytes() as bytes_:
+            generator._decoded(latents).sum().backward()
+        peaks.append(bytes_.peak)
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_memory_of_the_generator_at_full_size(published):

@@ -317,6 +317,7 @@ def _log(content: dict, table: list[dict], differences: list[dict], folder: Path
         dir=folder,
         mode=mode,
         config={"runs": {name: path.read_text().strip() for name, path in ids.items() if path.exists()}},
+        reinit="create_new",  # whatever else this process logs
         settings=wandb.Settings(silent=True),
     ) as run:
         for name, rows in (("runs", table), ("differences", differences)):
