@@ -30,7 +30,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from benchmarks.costs import costs
 from benchmarks.loader import loading, pack, photograph
@@ -150,14 +150,11 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def replay(call: Call) -> None:
     """The call alone, with a backward pass where it had one."""
-    args, kwargs = call.inputs
+    args, kwargs = tree_map(lambda x: _copy(x) if isinstance(x, Tensor) else x, call.inputs)
     with torch.set_grad_enabled(call.backward):
         made = call.function(*args, **kwargs)
     if call.backward:
         made.backward(torch.ones_like(made))
-    for tensor in tree_leaves(call.inputs):
-        if isinstance(tensor, Tensor):
-            tensor.grad = None
 
 
 def seconds(function: Callable[[], object], rounds: int) -> float:
@@ -211,6 +208,7 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
     optimizer = module.configure_optimizers()["optimizer"]
 
     def forward() -> Tensor:
+        batch.images = images.clone()  # a new batch: nothing is known of it
         with torch.autocast(device, torch.bfloat16):
             return module.objective(batch, list(range(count)))[0]
 

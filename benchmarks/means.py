@@ -86,7 +86,7 @@ def all_means(arguments: argparse.Namespace, device: str) -> list[Means]:
             captioner.generate(captioner.embed(images), nucleus, seeds)
 
     def through_the_vae() -> None:
-        generator.errors(generator.encode_images(images), conditioning, times, latents)
+        generator.errors(generator.encode_images(images.clone()), conditioning, times, latents)
 
     def compiled() -> None:
         unet.compile()

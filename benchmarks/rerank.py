@@ -1,86 +1,154 @@
 """Reranking against the plain loop: one StableDiffusionPipeline call and one CLIP call per caption.
 
-`python -m benchmarks.rerank` measures both on the same captions, solver, steps and noise, in one run, and checks that
-they rank alike. Models are the miniature world's unless folders are given.
+    python -m benchmarks.rerank [--models FOLDER] [--image_size 512]
+
+Both get the same captions, solver, steps and noise, in one run. The models are the miniature world's, where both must
+rank alike; with FOLDER, that of benchmarks.full_size, they are BLIP base, Stable Diffusion 1.5 and CLIP ViT-L/14 with
+random weights, on a GPU ours in bf16 and the loop in float32, as the paper's code has it, and in bf16.
 """
 
 import argparse
+import copy
 import statistics
 import time
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from benchmarks.full_size import half
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.generators import StableDiffusion
 from cyclefit.judges import Partners, Regeneration
+from cyclefit.loading import freeze
 from cyclefit.miniature import WEIGHTS
 from cyclefit.rerank import rerank, sample_seed
 from cyclefit.scorers import OpenClip
 
 
-def plain_loop(pipeline, scorer, images, captions, latents, steps, guidance):
-    """The paper's code: for every image and every caption one pipeline call and one CLIP call."""
+def pipeline_of(generator: StableDiffusion, dtype: torch.dtype):
+    """A StableDiffusionPipeline of copies of the generator's networks."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+    networks = {n: copy.deepcopy(getattr(generator, n)).to(dtype) for n in ("vae", "text_encoder", "unet")}
+    pipeline = StableDiffusionPipeline(
+        **networks, tokenizer=generator.tokenizer, safety_checker=None, feature_extractor=None,
+        scheduler=DPMSolverMultistepScheduler.from_config(generator.scheduler.config), requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def clip_of(scorer: OpenClip, random: bool, device: str, dtype: torch.dtype):
+    """Embeds images one call at a time: transformers' CLIPModel ViT-L/14, or the miniature world's CLIP."""
+    if not random:
+        return scorer.embed_images
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
+        projection_dim=768,
+    )  # fmt: skip
+    model = freeze(CLIPVisionModelWithProjection(config)).to(device, dtype)
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        pixels = F.interpolate(images, (224, 224), mode="bicubic", antialias=True)
+        pixels = (pixels - scorer.image_mean) / scorer.image_std
+        return F.normalize(model(pixels.to(dtype)).image_embeds.float(), dim=-1)
+
+    return embed
+
+
+def plain_loop(pipeline, embed, images, captions, latents, steps: int, guidance: float) -> torch.Tensor:
+    """For every image and every caption one pipeline call and one CLIP call."""
     scores = []
     for i, row in enumerate(captions):
-        source = scorer.embed_images(images[i : i + 1])
-        found = []
+        source, found = embed(images[i : i + 1]), []
         for text in row:
             drawn = pipeline(
-                text, num_inference_steps=steps, guidance_scale=guidance, latents=latents[i : i + 1],
-                output_type="pt", height=images.shape[2], width=images.shape[3],
+                text, num_inference_steps=steps, guidance_scale=guidance, latents=latents[i : i + 1].to(pipeline.dtype),
+                output_type="pt", height=latents.shape[-2] * pipeline.vae_scale_factor,
+                width=latents.shape[-1] * pipeline.vae_scale_factor,
             ).images  # fmt: skip
-            found.append((scorer.embed_images(drawn.float()) * source).sum(-1))
+            found.append((embed(drawn.float()) * source).sum(-1))
         scores.append(torch.stack(found)[:, 0])
     return torch.stack(scores)
 
 
 @torch.no_grad()
-def main():
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> None:
+    """Prints images a second of both and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
+    parser.add_argument("--image_size", type=int, help="with --models; the generator's own unless given")
     parser.add_argument("--shards", default="data/miniature/validation")
     parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--candidates", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--batch_size", type=int, default=128, help="images through the denoiser together")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    folder = WEIGHTS / "stable-diffusion"
-    captioner, scorer = Blip(str(WEIGHTS / "blip")), OpenClip(str(WEIGHTS / "clip"))
-    generator = StableDiffusion(str(folder), arguments.steps, arguments.guidance_scale, batch_size=128)
-    pipeline = StableDiffusionPipeline.from_pretrained(str(folder), torch_dtype=torch.float32, safety_checker=None)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    batch = next(iter(evaluation_batches(arguments.shards, image_size=32, batch_size=arguments.images)))
-    seeds = [sample_seed(key) for key in batch.keys]
-    nucleus = [Decoding("nucleus", arguments.candidates)]
-    partners = Partners(generator, scorer)
-    ours, theirs, ratios = [], [], []
-    for _ in range(arguments.rounds + 1):
+    device, random = "cuda" if torch.cuda.is_available() else "cpu", arguments.models is not None
+    torch.set_float32_matmul_precision("high")
+    folder = arguments.models or WEIGHTS
+    blip, diffusion = (
+        ("blip-image-captioning-base", "stable-diffusion-v1-5") if random else ("blip", "stable-diffusion")
+    )
+    captioner = Blip(str(folder / blip), random_weights=random)
+    generator = StableDiffusion(
+        str(folder / diffusion), arguments.steps, arguments.guidance_scale, arguments.image_size,
+        batch_size=arguments.batch_size, random_weights=random,
+    )  # fmt: skip
+    scorer = OpenClip("ViT-L-14-quickgelu", None) if random else OpenClip(str(folder / "clip"))
+    for model in (captioner, generator, scorer):
+        freeze(model).to(device)
+    if random:
+        images = torch.rand(arguments.images, 3, generator.image_size, generator.image_size, device=device)
+        seeds = list(range(arguments.images))
+    else:
+        batch = next(iter(evaluation_batches(arguments.shards, image_size=32, batch_size=arguments.images)))
+        images, seeds = batch.images.to(device), [sample_seed(key) for key in batch.keys]
+    loops = {}
+    for dtype in (torch.float32, torch.bfloat16) if random and device == "cuda" else (torch.float32,):
+        loops[f"plain loop, {dtype}"] = pipeline_of(generator, dtype), clip_of(scorer, random, device, dtype)
+    if random and device == "cuda":
+        for model in (captioner, generator, scorer):
+            half(model)
+    nucleus, partners = [Decoding("nucleus", arguments.candidates)], Partners(generator, scorer)
+    latents, times = generator.noise([seed + 1 for seed in seeds]), {}
+
+    def timed(name: str, function):
         start = time.perf_counter()
-        made = rerank(captioner, partners, {"image cycle": Regeneration()}, batch.images, nucleus, seeds)
-        middle = time.perf_counter()
-        captions = [
-            [captioner.sample(batch.images[i : i + 1], nucleus[0], [seed])[0]][0] for i, seed in enumerate(seeds)
-        ]
-        latents = generator.noise([seed + 1 for seed in seeds])
-        scores = plain_loop(
-            pipeline, scorer, batch.images, captions, latents, arguments.steps, arguments.guidance_scale
+        made = function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        return made
+
+    def loop(pipeline, embed):
+        rows = [captioner.sample(images[i : i + 1], nucleus[0], [seed])[0] for i, seed in enumerate(seeds)]
+        return rows, plain_loop(pipeline, embed, images, rows, latents, arguments.steps, arguments.guidance_scale)
+
+    for _ in range(arguments.rounds + 1):  # the first one warms up
+        judges = {"image cycle": Regeneration()}
+        made = timed("rerank", lambda: rerank(captioner, partners, judges, images, nucleus, seeds))  # noqa: B023
+        for name, (pipeline, embed) in loops.items():
+            captions, scores = timed(name, lambda: loop(pipeline, embed))  # noqa: B023
+            if not random:
+                assert captions == made.captions
+                torch.testing.assert_close(scores, made.scores["image cycle"], atol=1e-3, rtol=0)
+    print(
+        f"{arguments.images} images of {generator.image_size} px, {arguments.candidates} candidates, {arguments.steps} "
+        f"steps, {torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}"
+    )
+    for name, taken in times.items():
+        ratios = [theirs / ours for theirs, ours in zip(taken[1:], times["rerank"][1:], strict=True)]
+        said = (
+            "" if name == "rerank" else f"  {statistics.median(ratios):6.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        end = time.perf_counter()
-        assert captions == made.captions
-        torch.testing.assert_close(scores, made.scores["image cycle"], atol=1e-3, rtol=0)
-        ours.append(middle - start)
-        theirs.append(end - middle)
-        ratios.append((end - middle) / (middle - start))
-    ours, theirs, ratios = ours[1:], theirs[1:], ratios[1:]  # the first round warms up
-    n = arguments.images
-    print(f"{n} images, {arguments.candidates} candidates, {arguments.steps} steps, {torch.get_num_threads()} threads")
-    print(f"rerank      {n / statistics.median(ours):8.2f} images/s")
-    print(f"plain loop  {n / statistics.median(theirs):8.2f} images/s")
-    print(f"ratio       {statistics.median(ratios):8.2f}  (rounds: {', '.join(f'{r:.2f}' for r in ratios)})")
+        print(f"{name:<32}{arguments.images / statistics.median(taken[1:]):8.3f} images/s{said}")
 
 
 if __name__ == "__main__":

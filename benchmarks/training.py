@@ -27,8 +27,7 @@ from cyclefit.finetune import CaptionerFinetune, GeneratorFinetune
 from cyclefit.generators import Lora, StableDiffusion
 from cyclefit.miniature import WEIGHTS
 
-SCALE = 0.18215
-"""Of Stable Diffusion's latents."""
+COLOURS = ("red", "green", "blue", "pink", "white", "yellow", "orange", "purple")
 
 
 def models(arguments: argparse.Namespace, device: str, lora: Lora | None = None) -> tuple[Blip, StableDiffusion]:
@@ -42,9 +41,10 @@ def models(arguments: argparse.Namespace, device: str, lora: Lora | None = None)
     return captioner.to(device), generator.to(device)
 
 
-def batch(count: int, size: int, device: str) -> Batch:
-    """Images of noise with captions of a usual length."""
-    captions = [f"{CAPTION} {k}" for k in range(count)]
+def batch(count: int, size: int, device: str, miniature: bool) -> Batch:
+    """Images of noise with captions that differ."""
+    little = [f"a {one} star on the left of a {other} ring" for one in COLOURS for other in COLOURS]
+    captions = little[:count] if miniature else [f"{CAPTION} {k}" for k in range(count)]
     return Batch(torch.rand(count, 3, size, size, device=device), captions, [[c] for c in captions], captions)
 
 
@@ -57,6 +57,7 @@ def ours(module, samples: Batch, device: str):
     optimizer = torch.optim.AdamW(parameters, 1e-5)
 
     def step() -> None:
+        samples.images = samples.images.clone()  # a new batch: nothing is known of it
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = module.objective(samples, list(range(len(samples))))[0]
         update(loss, parameters, optimizer)
@@ -124,7 +125,8 @@ def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, dev
             probabilities = seen.logits[:, len(captioner.prefix) - 1 : -1].float().softmax(-1)
             embedded = bridge.soft(probabilities, captioner.mask(tokens).sum(1).long() - 1)
             conditioning = encode_embeddings(text_encoder, embedded.to(text_encoder.dtype))
-            latents = vae.encode((samples.images * 2 - 1).to(vae.dtype)).latent_dist.sample() * SCALE
+            latents = vae.encode((samples.images * 2 - 1).to(vae.dtype)).latent_dist.sample()
+            latents = latents * vae.config.scaling_factor
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
             noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -161,7 +163,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     _, generator = models(arguments, device, Lora())
-    samples = batch(arguments.batch_size, arguments.image_size or generator.image_size, device)
+    miniature = arguments.models is None
+    samples = batch(arguments.batch_size, arguments.image_size or generator.image_size, device, miniature)
     module = GeneratorFinetune(generator, validation_images=0)
     steps = {
         "sd_lora": (ours(module, samples, device), arguments.batch_size),
@@ -173,7 +176,7 @@ def main() -> None:
     captioner, generator = models(arguments, device)
     module = CaptionerFinetune(captioner, generator, cycle=SoftCaptionDenoising(), round_trip_images=0)
     steps = {"cycle_blip": (ours(module, samples, device), arguments.batch_size)}
-    single = batch(1, samples.images.shape[-1], device)
+    single = batch(1, samples.images.shape[-1], device, miniature)
     steps["the paper's step, batch 1, float32"] = papers_step(*models(arguments, device), single, device, False), 1
     steps["the same at our batch and precision"] = (
         papers_step(*models(arguments, device), samples, device, device == "cuda"),

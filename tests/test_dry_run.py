@@ -48,6 +48,7 @@ def real_step(module, size):
     batch = Batch(torch.rand(COUNT, 3, size, size), captions, [[c] for c in captions], captions)
 
     def step():
+        batch.images = torch.rand(COUNT, 3, size, size)
         module.objective(batch, list(range(COUNT)))[0].backward()
 
     step()  # gradients are there, as they are in the dry run, and what is kept for later steps
@@ -119,6 +120,14 @@ def test_adapters_learn_through_bf16_autocast_after_steps_without_gradient(weigh
         real_step(module, 32)()
     gradients = [p.grad for name, p in module.trained.items() if "lora_B" in name]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_cached_latents_save_the_encoding(weights):
+    needs = [step_needs(sketched(captioner_step, weights), COUNT, 32, latents=cached) for cached in (False, True)]
+    generator = StableDiffusion(str(weights / "stable-diffusion"))
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        generator.encode_images(torch.rand(COUNT, 3, 32, 32))
+    assert needs[0].flops - needs[1].flops == counted.get_total_flops()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ LAYERS = [
     {"batch", "loading", "start"},
     {"bridge"},
     {"captioners", "generators", "scorers", "data", "metrics"},
-    {"judges", "runs"},
+    {"judges", "runs", "latents"},
     {"cycles", "rerank"},
     {"report"},
     {"finetune"},

@@ -21,6 +21,8 @@ class Batch:
     """All captions of each image."""
     keys: list[str]
     """Each sample's name in its shard; unique within a split."""
+    latents: Float[Tensor, "b c h2 w2"] | None = None
+    """The generator's scaled latents of the images, where the shards hold them."""
 
     def __len__(self) -> int:
         return len(self.keys)

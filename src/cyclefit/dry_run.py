@@ -139,7 +139,9 @@ class Needs:
         return self.weights + self.training + self.activations + CONTEXT
 
 
-def step_needs(module: Finetune, batch_size: int, image_size: int, autocast: bool = True) -> Needs:
+def step_needs(
+    module: Finetune, batch_size: int, image_size: int, autocast: bool = True, latents: bool = False
+) -> Needs:
     """Runs a step of a module that was built inside `with torch.device("meta")`, twice: for its memory and its FLOPs.
 
     Captions that are sampled are as long as they may be, which is the most it can take.
@@ -157,6 +159,7 @@ def step_needs(module: Finetune, batch_size: int, image_size: int, autocast: boo
         captions=(captions := [f"{CAPTION} {k}" for k in range(batch_size)]),
         references=[[caption] for caption in captions],
         keys=captions,
+        latents=torch.empty(batch_size, *_generator(module).latent_shape, device="meta") if latents else None,
     )
 
     def steps() -> None:
@@ -164,6 +167,7 @@ def step_needs(module: Finetune, batch_size: int, image_size: int, autocast: boo
             for parameters in turns:
                 for parameter in parameters.values():
                     parameter.requires_grad_(parameters is turn)
+            batch.images = torch.empty_like(batch.images)  # a new batch: nothing is known of it
             loss, _, _ = half.objective(batch, list(range(batch_size)))
             loss.backward()
 
@@ -188,6 +192,10 @@ def step_needs(module: Finetune, batch_size: int, image_size: int, autocast: boo
         with flops:
             steps()
     return Needs(weights, training, memory.peak - training, flops.get_total_flops())
+
+
+def _generator(module: Finetune):
+    return module.drawing.generator if isinstance(module, AlternatingFinetune) else module.generator
 
 
 def _without_values(half: Finetune) -> Iterator:
@@ -223,7 +231,8 @@ def report(module: Finetune, config) -> None:
     data, trainer, giga = config.data, config.trainer, 2**30
     console = Console(soft_wrap=True)
     with console.status("running a step without values"):
-        needs = step_needs(module, data.batch_size, data.image_size, "mixed" in str(trainer.precision))
+        mixed, latents = "mixed" in str(trainer.precision), bool(data.latents)
+        needs = step_needs(module, data.batch_size, data.image_size, mixed, latents)
     table = Table(title=f"{config.name}: batches of {data.batch_size}, images of {data.image_size} px")
     table.add_column("model")
     for column in ("million parameters", "trained", "GiB"):

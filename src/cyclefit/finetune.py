@@ -98,6 +98,13 @@ class Finetune(L.LightningModule, ABC):
             raise RuntimeError(f"the {name} must be frozen: {(training + learning)[0] or name} is in training mode")
         half_on_gpu(module)
 
+    def check_latents(self) -> None:
+        """Checks that cached latents, where the data come with them, are those of this generator."""
+        data = getattr(self._trainer, "datamodule", None)
+        cached, own = getattr(data, "latents", None), getattr(self.generator, "pretrained", None)
+        if cached and cached != own:
+            raise UserError(f"data.latents are those of {cached}, model.generator is {own}: set both to the same")
+
     @abstractmethod
     def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """The loss of one batch, scalars to log, and the losses of its samples, or of the first of them."""
@@ -235,6 +242,7 @@ class CaptionerFinetune(Finetune):
 
     def setup(self, stage: str) -> None:
         """Checks that everything the cycle needs is there, and lets it prepare."""
+        self.check_latents()
         if not any(p.requires_grad for p in self.captioner.parameters()):
             raise UserError("the captioner is frozen: set model.captioner.trainable to what is to be finetuned")
         if self.cycle is not None:
@@ -254,6 +262,8 @@ class CaptionerFinetune(Finetune):
 
     def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """L_LM + weight L_cycle, one pass of the captioner over the reference captions for both."""
+        if batch.latents is not None:
+            self.generator.remember(batch.images, batch.latents)
         features = self.captioner.embed(batch.images)
         tokens = self.captioner.tokenize(batch.captions)
         logits = self.captioner.logits(features, tokens)
@@ -365,6 +375,7 @@ class GeneratorFinetune(Finetune):
 
     def setup(self, stage: str) -> None:
         """Checks that everything the cycle needs is there, lets it prepare, starts the moving average."""
+        self.check_latents()
         if not any(p.requires_grad for p in self.generator.parameters()):
             raise UserError("the generator is frozen: set model.generator.lora, for instance to {rank: 8}")
         if self.cycle is not None:
@@ -385,6 +396,8 @@ class GeneratorFinetune(Finetune):
 
     def objective(self, batch: Batch, seeds: list[int]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """L_denoise + weight L_cycle."""
+        if batch.latents is not None:
+            self.generator.remember(batch.images, batch.latents)
         kept = (torch.rand(len(batch)) >= self.caption_dropout).tolist()
         captions = [caption if keep else "" for caption, keep in zip(batch.captions, kept, strict=True)]
         losses = self.generator.loss(batch.images, captions, self.snr_gamma)

@@ -21,8 +21,9 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 from braceexpand import braceexpand
-from jaxtyping import UInt8
+from jaxtyping import Float16, UInt8
 from PIL import Image
+from safetensors.numpy import load
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -33,7 +34,8 @@ from cyclefit.batch import Batch
 log = logging.getLogger("cyclefit.data")
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
-DECODED = (*IMAGES, "json", "txt")
+LATENTS = "safetensors"
+DECODED = (*IMAGES, "json", "txt", LATENTS)
 """The only entries of a shard that are read."""
 
 _REMOTE = re.compile(r"^(pipe:|[a-z][a-z0-9+.-]*://)")
@@ -231,6 +233,28 @@ def read_captions(sample: dict) -> list[str]:
     return captions
 
 
+def read_latents(sample: dict, generator: str, size: int) -> Float16[np.ndarray, "c h w"]:
+    """The latents of a sample's image that `python -m cyclefit.latents` put beside it.
+
+    Raises:
+        BadSample: there are none, or they are of another generator or size.
+
+    """
+    data = sample.get(LATENTS)
+    if data is None:
+        raise BadSample("no latents: write them with `python -m cyclefit.latents`")
+    try:
+        made = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        latents = load(data)["latents"]
+    except Exception:  # whatever the broken bytes lead to
+        raise BadSample("broken latents") from None
+    if made != {"generator": generator, "image_size": str(size)}:
+        raise BadSample(
+            f"latents of {made.get('generator')} at {made.get('image_size')} px, not of {generator} at {size}"
+        )
+    return latents
+
+
 @dataclass
 class _Report:
     """What a worker has to say beside a batch; the main process counts, warns and raises."""
@@ -244,8 +268,9 @@ class _Report:
 class _Decoder:
     """Turns raw samples into the parts of a batch and notes those that cannot be."""
 
-    def __init__(self, image_size: int, max_bad_fraction: float):
+    def __init__(self, image_size: int, max_bad_fraction: float, latents: str | None = None):
         self.image_size, self.bad, self.report = image_size, Bad(max_bad_fraction), _Report()
+        self.latents = latents
         self.unfinished: str | None = None
 
     def note(self, reason: str, key: str, shard: str) -> None:
@@ -263,23 +288,25 @@ class _Decoder:
             return None
 
     def decode(self, sample: dict, rng: random.Random | None = None, crop: str = "center"):
-        """Image, caption, captions and key; with `rng`, a caption (and crop) of its choice."""
+        """Image, caption, captions, key, latents or None; with `rng`, a caption (and crop) of its choice."""
         captions = read_captions(sample)
         if not _has(sample, IMAGES):
             raise BadSample("no image")
         image = next(sample[extension] for extension in IMAGES if extension in sample)
         position = (rng.random(), rng.random()) if rng and crop == "random" else (0.5, 0.5)
         image = decode_image(image, self.image_size, position)
-        return image, rng.choice(captions) if rng else captions[0], captions, sample["__key__"]
+        latents = read_latents(sample, self.latents, self.image_size) if self.latents else None
+        return image, rng.choice(captions) if rng else captions[0], captions, sample["__key__"], latents
 
     def batch(self, parts: list) -> tuple[Batch | None, _Report]:
         """The batch with its images as bytes, a quarter of the shared memory of floats."""
         report, self.report = self.report, _Report()
         if not parts:
             return None, report
-        images, captions, references, keys = zip(*parts, strict=True)
+        images, captions, references, keys, latents = zip(*parts, strict=True)
         images = torch.from_numpy(np.stack(images))
-        return Batch(images, list(captions), list(references), list(keys)), report
+        latents = torch.from_numpy(np.stack(latents)) if self.latents else None
+        return Batch(images, list(captions), list(references), list(keys), latents), report
 
 
 def raw_samples(url: str, note) -> Iterator[dict]:
@@ -653,7 +680,8 @@ class ShardData(L.LightningDataModule):
     Training sees `epoch_size` samples an epoch over all ranks (rounded up to whole batches), each with one of
     its captions and a crop drawn anew; validation is one pass over the first `validation_size` samples,
     `validation_batch_size` at a time (default: `batch_size`), centre crop, first caption. `shuffle_buffer`
-    counts encoded samples in each worker.
+    counts encoded samples in each worker. `latents` names the generator whose cached latents of the images, written
+    by `python -m cyclefit.latents` at this image size, go with the training batches; it asks for `crop: center`.
 
     The order of training data is a function of (seed, epoch, rank, worker) alone. Resuming is exact with the
     same seed, batch size, ranks, workers and shards: the checkpoint holds the epoch and the number of batches
@@ -681,6 +709,7 @@ class ShardData(L.LightningDataModule):
         num_workers: int = 4,
         shuffle_buffer: int = 2000,
         crop: Literal["random", "center"] = "random",
+        latents: str | None = None,
         seed: int = 0,
         max_bad_fraction: float = 0.1,
     ):
@@ -696,9 +725,11 @@ class ShardData(L.LightningDataModule):
             raise UserError(f"num_workers={num_workers}, shuffle_buffer={shuffle_buffer}: not below 0.")
         if crop not in ("random", "center"):
             raise UserError(f"crop={crop} is neither random nor center.")
+        if latents and crop != "center":
+            raise UserError("cached latents are those of the centre of an image: set data.crop to center.")
         if not 0 <= max_bad_fraction <= 1:
             raise UserError(f"max_bad_fraction={max_bad_fraction} is not between 0 and 1.")
-        self.train, self.validation = train, validation
+        self.train, self.validation, self.latents = train, validation, latents
         self.image_size, self.batch_size = image_size, batch_size
         self.validation_batch_size = validation_batch_size or batch_size
         self.epoch_size, self.validation_size = epoch_size, validation_size
@@ -720,7 +751,7 @@ class ShardData(L.LightningDataModule):
             )
         stream = _TrainStream(
             urls,
-            decode=(self.image_size, self.bad.limit),
+            decode=(self.image_size, self.bad.limit, self.latents),
             batch_size=self.batch_size,
             batches=-(-self.epoch_size // (self.batch_size * world_size)),
             shuffle_buffer=self.shuffle_buffer,

@@ -43,6 +43,8 @@ class Sample:
     captions: list[str]
     extra: dict = field(default_factory=dict)
     """What else the sample's json shall hold."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Further files of the sample, by extension."""
 
 
 class Unusable(Exception):
@@ -69,10 +71,12 @@ class _Shard:
         self.file, self.samples = _Hashed(self.partial), 0
         self.tar = tarfile.open(fileobj=self.file, mode="w|", format=tarfile.USTAR_FORMAT)
 
-    def add(self, key: str, extension: str, image: bytes, record: dict) -> None:
+    def add(self, key: str, files: dict[str, bytes], record: dict) -> None:
         text = json.dumps(record, ensure_ascii=False, default=str).encode()
-        for name, data in ((f"{key}.{extension}", image), (f"{key}.json", text)):
-            entry = tarfile.TarInfo(name)  # time, user and group 0: the same samples give the same bytes
+        for extension, data in (files | {"json": text}).items():
+            entry = tarfile.TarInfo(
+                f"{key}.{extension}"
+            )  # time, user and group 0: the same samples give the same bytes
             entry.size = len(data)
             self.tar.addfile(entry, io.BytesIO(data))
         self.samples += 1
@@ -110,8 +114,8 @@ def write_shards(
 ) -> dict:
     """Pack samples into `folder/000000.tar`, ... and return the manifest, also written as `manifest.json`.
 
-    A sample is `KEY.jpg|png|webp`, stored as it came, and `KEY.json` with `captions` and its extra fields. A
-    sample that cannot be used is left out and named in the manifest with the reason. Shards take their
+    A sample is `KEY.jpg|png|webp`, stored as it came, its further files, and `KEY.json` with `captions` and its extra
+    fields. A sample that cannot be used is left out and named in the manifest with the reason. Shards take their
     names when complete, the manifest comes last; equal samples give equal bytes.
 
     Raises:
@@ -158,7 +162,7 @@ def write_shards(
                 if key != sample.key:
                     record["source_key"] = sample.key
                 shard = shard or _Shard(folder, f"{len(shards):06d}.tar")
-                shard.add(key, extension, image, record)
+                shard.add(key, {extension: image} | sample.files, record)
                 if shard.samples == samples_per_shard:
                     shards.append(shard.finish())
                     shard = None
