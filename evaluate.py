@@ -1,12 +1,13 @@
 """Evaluates finetuned models against reranked inference: `python evaluate.py captions --config NAME`."""
 
-from cyclefit.start import resolve_configs, run
+from cyclefit.start import importing, resolve_configs, run
 
 
 def main(arguments: list[str]) -> int:
     """Evaluates; a config that is not there is said before anything heavy is imported."""
     arguments = resolve_configs(arguments)
-    from cyclefit import evaluate
+    with importing():
+        from cyclefit import evaluate
 
     return evaluate.main(arguments)
 

@@ -1,12 +1,13 @@
 """Finetunes a captioner or a generator: `python train.py --config cycle_blip.yaml`."""
 
-from cyclefit.start import resolve_configs, run
+from cyclefit.start import importing, resolve_configs, run
 
 
 def main(arguments: list[str]) -> int:
     """Trains; a config that is not there is said before anything heavy is imported."""
     arguments = resolve_configs(arguments)
-    from cyclefit.cli import train
+    with importing():
+        from cyclefit.cli import train
 
     return train(arguments)
 

@@ -1,12 +1,26 @@
 """What a command does before anything heavy is imported, and what it makes of a user's mistakes."""
 
 import errno
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cyclefit import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Heavy imports without the garbage collector, which finds nothing there and takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def resolve_configs(arguments: list[str]) -> list[str]:
