@@ -248,9 +248,7 @@ class StableDiffusion(Generator):
         resizing = resized(images, self.image_size, self.image_size, crop=True)
         with own_precision(self.vae):
             latents = self.vae.encode((resizing * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
-        # Contiguous whatever the VAE's convolutions are: noise drawn for them follows the layout of their memory.
-        latents = latents.float().contiguous() * self.vae.config.scaling_factor
-        self._encoded = images, images._version, latents
+        self._encoded = images, images._version, latents.float() * self.vae.config.scaling_factor
         return self._encoded[2]
 
     def decode_latents(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
