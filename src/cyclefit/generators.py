@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cyclefit import UserError
-from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
+from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, weights_dtype, whole
 
 
 class Generator(nn.Module, ABC):
@@ -208,7 +208,8 @@ class StableDiffusion(Generator):
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
-        return self.unet.device
+        # Of a model of diffusers, `device` and `dtype` look at every parameter: 2 ms each.
+        return self.alphas.device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -245,16 +246,16 @@ class StableDiffusion(Generator):
             first = (known.storage_offset(), known.shape[1:]) == (images.storage_offset(), images.shape[1:])
             if same and first and known.stride() == images.stride() and version == images._version:
                 return latents[: len(images)]
-        resizing = resized(images, self.image_size, self.image_size, crop=True)
+        pixels = resized(images, self.image_size, self.image_size, crop=True)
         with own_precision(self.vae):
-            latents = self.vae.encode((resizing * 2 - 1).to(self.vae.dtype)).latent_dist.mode()
+            latents = self.vae.encode((pixels * 2 - 1).to(weights_dtype(self.vae))).latent_dist.mode()
         self._encoded = images, images._version, latents.float() * self.vae.config.scaling_factor
         return self._encoded[2]
 
     def decode_latents(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         """Images in [0, 1] of scaled latents; differentiable."""
         with own_precision(self.vae):
-            images = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+            images = self.vae.decode((latents / self.vae.config.scaling_factor).to(weights_dtype(self.vae))).sample
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def tokenize(self, texts: list[str]) -> Int[Tensor, "b n"]:
@@ -278,7 +279,7 @@ class StableDiffusion(Generator):
         from cyclefit.bridge import encode_embeddings
 
         with own_precision(self.text_encoder, not (self.lora and self.lora.text_encoder)):
-            return encode_embeddings(self.text_encoder, embeddings.to(self.text_encoder.dtype)).float()
+            return encode_embeddings(self.text_encoder, embeddings.to(weights_dtype(self.text_encoder))).float()
 
     def noise(self, seeds: Sequence[int], *shape: int) -> Float[Tensor, "b ..."]:
         """Standard normal noise of `shape` (the latents' if not given) for each seed, on the model's device."""
@@ -301,7 +302,7 @@ class StableDiffusion(Generator):
         conditioning: Float[Tensor, "b n d"],
     ) -> Float[Tensor, "b c h w"]:
         """What the denoiser says of noised latents, in the scheduler's own parametrisation."""
-        dtype = self.unet.dtype
+        dtype = weights_dtype(self.unet)
         with own_precision(self.unet, self.lora is None):
             return self.unet(latents.to(dtype), timesteps, conditioning.to(dtype), return_dict=False)[0].float()
 

@@ -93,6 +93,11 @@ def sketched() -> bool:
     return torch.get_default_device().type == "meta"
 
 
+def weights_dtype(network: nn.Module) -> torch.dtype:
+    """The precision of a network's first weights, which its input takes."""
+    return next(network.parameters()).dtype
+
+
 def own_precision(network: nn.Module, frozen: bool = True) -> AbstractContextManager:
     """Autocast off: a frozen network computes in the precision of its own weights, its norms included."""
     if not frozen:

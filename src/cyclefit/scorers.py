@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched
+from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched, weights_dtype
 
 
 class Scorer(nn.Module, ABC):
@@ -83,11 +83,6 @@ class OpenClip(Scorer):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
         freeze(self)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
-
     def embed_images(self, images: Float[Tensor, "b 3 h w"], normalize: bool = True) -> Float[Tensor, "b d"]:
         """Image embeddings, of unit length unless asked otherwise.
 
@@ -95,7 +90,7 @@ class OpenClip(Scorer):
         """
         pixels = (resized(images, *self.image_size, crop=True) - self.image_mean) / self.image_std
         with own_precision(self):
-            parts = [self.model.encode_image(part.to(self.dtype)) for part in pixels.split(self.batch_size)]
+            parts = [self.model.encode_image(part.to(weights_dtype(self))) for part in pixels.split(self.batch_size)]
         embedded = torch.cat(parts).float()
         return F.normalize(embedded, dim=-1) if normalize else embedded
 
