@@ -2,7 +2,7 @@
 
     python -m benchmarks.full_size [--models FOLDER] [--configs blip cycle_sd ...] [--out full_size.json]
 
-FOLDER holds the models by the last part of their hub names, configs and tokenizers alone: weights are random, on which
+FOLDER holds models by the last part of their hub names, configs and tokenizers alone: weights are random, on which
 neither time nor memory depends. Without it the published weights come from the hub. On a GPU the steps are those of the
 configurations; on a CPU one tiny step of each proves that it runs.
 
@@ -15,10 +15,8 @@ import argparse
 import contextlib
 import gc
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from benchmarks.common import BLIP, DEVICE, DIFFUSION, half, machine, parser, seconds
 from benchmarks.costs import costs
 from benchmarks.loader import loading, pack, photograph
 from cyclefit import cli
@@ -53,11 +52,8 @@ RUNS = {
     "cycle_sd": ("cycle_sd.yaml", []),
     "cycle_sd_one_step": ("cycle_sd.yaml", ONE_STEP),
 }
-TINY = {
-    "data": ["--data.batch_size=2"],
-    "generator": ["--model.generator.image_size=64", "--model.generator.steps=2"],
-    "cycle_blip_reward": ["--model.cycle.num_samples=2", "--model.cycle.max_new_tokens=4"],
-}
+TINY = ["--data.batch_size=2", "--data.image_size=64", "--model.generator.image_size=64", "--model.generator.steps=2"]
+TINY_REWARD = ["--model.cycle.num_samples=2", "--model.cycle.max_new_tokens=4"]
 PARTS = {
     "captioner": ("captioner", ("embed", "logits", "generate")),
     "text encoder": ("generator", ("encode_texts", "encode_embeddings")),
@@ -80,30 +76,26 @@ class Parsed(cli.RunCLI):
         self.model = self._get(self.parser.instantiate_classes(self.config), "model")
 
 
-def built(name: str, arguments: argparse.Namespace, device: str) -> tuple[Finetune, object]:
-    """The module of a configuration on the device, with random weights where there are none, and what was parsed."""
+def built(name: str, arguments: argparse.Namespace, sketch: bool = False) -> tuple[Finetune, object]:
+    """A configuration's module, its weights random where there are none or missing in a sketch; what was parsed."""
     config, overrides = RUNS[name]
-    overrides = list(overrides)
-    if arguments.models:
-        folders = {"captioner": arguments.captioner, "generator": "stable-diffusion-v1-5"}
-        changes = {
-            part: {"init_args": {"pretrained": str(arguments.models / folder), "random_weights": True}}
-            for part, folder in folders.items()
-        }
-        changes |= {"scorer": {"init_args": {"pretrained": None}}}
-        if "sd" in name:
-            changes |= {"held_out": {"init_args": {"pretrained": None}}}
-        (file := arguments.out.with_suffix(".yaml")).write_text(yaml.safe_dump({"model": {"init_args": changes}}))
-        overrides = [f"--config={file}", *overrides]
     if arguments.tiny:
-        overrides += [*TINY["data"], *TINY["generator"], *TINY.get(name, [])]
-    with patch.object(sys, "argv", ["train.py", *cli.resolve_configs(["--config", config]), *overrides]):
-        with torch.device(device) if device == "meta" else contextlib.nullcontext():
+        overrides = [*overrides, *TINY, *(TINY_REWARD if "reward" in name else [])]
+    models = {}
+    if arguments.models:
+        for part, folder in (("captioner", arguments.captioner), ("generator", DIFFUSION)):
+            models[part] = {"init_args": {"pretrained": str(arguments.models / folder), "random_weights": True}}
+        for part in ("scorer", "held_out") if "sd" in name else ("scorer",):
+            models[part] = {"init_args": {"pretrained": None}}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump({"model": {"init_args": models}}, file)
+        command = ["train.py", *cli.resolve_configs(["--config", config]), "--config", file.name, *overrides]
+        with patch.object(sys, "argv", command), torch.device("meta" if sketch else "cpu"):
             made = Parsed(
                 Finetune, ShardData, subclass_mode_model=True, auto_configure_optimizers=False,
                 save_config_callback=None, seed_everything_default=0, run=False,
             )  # fmt: skip
-    return made.model.to(device), made.config
+    return made.model.to("meta" if sketch else DEVICE), made.config
 
 
 @dataclass
@@ -157,30 +149,6 @@ def replay(call: Call) -> None:
         made.backward(torch.ones_like(made))
 
 
-def seconds(function: Callable[[], object], rounds: int) -> float:
-    """The median time of a call, the device's work included."""
-    taken = []
-    for _ in range(rounds + 1):
-        _wait()
-        start = time.perf_counter()
-        function()
-        _wait()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:] or taken)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def half(module: torch.nn.Module) -> None:
-    """Frozen parameters in bf16 on the CPU too, where `on_fit_start` leaves them."""
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-
-
 def part_of(module: Finetune, path: str) -> object | None:
     """A model of a module by its path, None where it has none."""
     for name in path.split("."):
@@ -188,28 +156,28 @@ def part_of(module: Finetune, path: str) -> object | None:
     return module
 
 
-def training(name: str, arguments: argparse.Namespace, device: str, rate: float) -> dict:
+def training(name: str, arguments: argparse.Namespace, rate: float) -> dict:
     """One configuration's step: its rate, parts, memory, FLOPs."""
-    sketch, config = built(name, arguments, "meta")
-    count, size = config.data.batch_size, 64 if arguments.tiny else config.data.image_size
+    sketch, config = built(name, arguments, sketch=True)
+    count, size = config.data.batch_size, config.data.image_size
     needs = step_needs(sketch, count, size)
     with patch("cyclefit.generators.checkpoint", lambda function, *inputs, **_: function(*inputs)):
-        flops = step_needs(built(name, arguments, "meta")[0], count, size).flops
+        flops = step_needs(built(name, arguments, sketch=True)[0], count, size).flops
     del sketch
-    module, _ = built(name, arguments, device)
+    module, _ = built(name, arguments)
     module.setup("fit")
     module.on_fit_start()
     half(module)
     module.over_ranks = lambda value: value.detach()
     captions = [f"{CAPTION} {k}" for k in range(count)]
-    images = torch.rand(count, 3, size, size, device=device)
+    images = torch.rand(count, 3, size, size, device=DEVICE)
     batch = Batch(images, captions, [[caption] for caption in captions], captions)
     parameters = list(module.trained.values())
     optimizer = module.configure_optimizers()["optimizer"]
 
     def forward() -> Tensor:
         batch.images = images.clone()  # a new batch: nothing is known of it
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             return module.objective(batch, list(range(count)))[0]
 
     def update() -> None:
@@ -222,10 +190,10 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
         update()
 
     step()
-    if device == "cuda":
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step_time = seconds(step, arguments.rounds)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         for part, (path, methods) in PARTS.items():
@@ -237,7 +205,7 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
         loss.backward()
     parts = {}
     for part, calls in recorder.calls.items():
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             parts[part] = sum(c.count * seconds(lambda c=c: replay(c), arguments.rounds) for c in calls.values())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -256,22 +224,21 @@ def training(name: str, arguments: argparse.Namespace, device: str, rate: float)
     }
 
 
-def reranking(arguments: argparse.Namespace, device: str, rate: float) -> dict:
+def reranking(arguments: argparse.Namespace, rate: float) -> dict:
     """Best of ten by the image cycle."""
-    module, config = built("cycle_blip", arguments, device)
+    module, config = built("cycle_blip", arguments)
     for model in (module.captioner, module.generator, module.scorer):
         half(freeze(model))
     count, candidates = (1, 2) if arguments.tiny else (config.data.batch_size, 10)
-    size = 64 if arguments.tiny else config.data.image_size
-    generator = module.generator
-    images = torch.rand(count, 3, size, size, device=device)
+    size, generator = config.data.image_size, module.generator
+    images = torch.rand(count, 3, size, size, device=DEVICE)
     partners, decoding = Partners(generator, module.scorer), [Decoding("nucleus", candidates)]
 
     def step() -> None:
         rerank(module.captioner, partners, {"image cycle": Regeneration()}, images, decoding, list(range(count)))
 
     step()
-    if device == "cuda":
+    if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = seconds(step, max(1, arguments.rounds // 3))
     parts = {"unet": generator.unet, "vae": generator.vae, "text": generator.text_encoder}
@@ -281,13 +248,13 @@ def reranking(arguments: argparse.Namespace, device: str, rate: float) -> dict:
         "batch": count,
         "samples_per_second": count / taken,
         "step_ms": 1e3 * taken,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
         "tflop_per_sample": flops / 1e12,
         "utilisation": count * flops / taken / rate,
     }
 
 
-def loader(arguments: argparse.Namespace) -> dict:
+def loader() -> dict:
     """Images a second of the training loader alone, 512 px JPEGs, all cores."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -329,29 +296,22 @@ def show(results: dict) -> None:
 
 def main() -> None:
     """Measures what was asked for, prints it and writes it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
-    parser.add_argument("--captioner", default="blip-image-captioning-base", help="its folder in --models")
-    parser.add_argument("--configs", nargs="+", choices=[*RUNS, "rerank"], default=[*RUNS, "rerank"])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("full_size.json"))
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments.tiny = device == "cpu"
-    if arguments.tiny:
-        arguments.rounds = 1
-    torch.set_float32_matmul_precision("high")
-    rate = matrix_rate(device, 8192 if device == "cuda" else 1024)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} cores"
-    results = {"device": machine, "torch": torch.__version__, "matrix_tflops": rate / 1e12, "runs": {}}
-    results["loader"] = loader(arguments)
+    options = parser(__doc__)
+    options.add_argument("--captioner", default=BLIP, help="its folder in --models")
+    options.add_argument("--configs", nargs="+", choices=[*RUNS, "rerank"], default=[*RUNS, "rerank"])
+    options.add_argument("--rounds", type=int, default=10 if DEVICE == "cuda" else 1)
+    options.add_argument("--out", type=Path, default=Path("full_size.json"))
+    arguments = options.parse_args()
+    arguments.tiny = DEVICE == "cpu"
+    rate = matrix_rate(DEVICE, 8192 if DEVICE == "cuda" else 1024)
+    results = {"device": machine(), "torch": torch.__version__, "matrix_tflops": rate / 1e12, "runs": {}}
+    results["loader"] = loader()
     for name in arguments.configs:
         print(f"{name} ...", file=sys.stderr)
-        measure = reranking(arguments, device, rate) if name == "rerank" else training(name, arguments, device, rate)
-        results["runs"][name] = measure
+        results["runs"][name] = reranking(arguments, rate) if name == "rerank" else training(name, arguments, rate)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")  # what is measured is kept
         gc.collect()
-        if device == "cuda":
+        if DEVICE == "cuda":
             torch.cuda.empty_cache()
     show(results)
 

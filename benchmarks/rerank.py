@@ -7,17 +7,16 @@ rank alike; with FOLDER, that of benchmarks.full_size, they are BLIP base, Stabl
 random weights, on a GPU ours in bf16 and the loop in float32, as the paper's code has it, and in bf16.
 """
 
-import argparse
 import copy
 import statistics
-import time
-from pathlib import Path
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.full_size import half
-from cyclefit.captioners import Blip, Decoding
+from benchmarks import common
+from benchmarks.common import DEVICE, half, ratio, timed
+from cyclefit.captioners import Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.generators import StableDiffusion
 from cyclefit.judges import Partners, Regeneration
@@ -40,7 +39,7 @@ def pipeline_of(generator: StableDiffusion, dtype: torch.dtype):
     return pipeline
 
 
-def clip_of(scorer: OpenClip, random: bool, device: str, dtype: torch.dtype):
+def clip_of(scorer: OpenClip, random: bool, dtype: torch.dtype):
     """Embeds images one call at a time: transformers' CLIPModel ViT-L/14, or the miniature world's CLIP."""
     if not random:
         return scorer.embed_images
@@ -50,7 +49,7 @@ def clip_of(scorer: OpenClip, random: bool, device: str, dtype: torch.dtype):
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
         projection_dim=768,
     )  # fmt: skip
-    model = freeze(CLIPVisionModelWithProjection(config)).to(device, dtype)
+    model = freeze(CLIPVisionModelWithProjection(config)).to(DEVICE, dtype)
 
     def embed(images: torch.Tensor) -> torch.Tensor:
         pixels = F.interpolate(images, (224, 224), mode="bicubic", antialias=True)
@@ -79,53 +78,37 @@ def plain_loop(pipeline, embed, images, captions, latents, steps: int, guidance:
 @torch.no_grad()
 def main() -> None:
     """Prints images a second of both and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
-    parser.add_argument("--image_size", type=int, help="with --models; the generator's own unless given")
-    parser.add_argument("--shards", default="data/miniature/validation")
-    parser.add_argument("--images", type=int, default=24)
-    parser.add_argument("--candidates", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--batch_size", type=int, default=128, help="images through the denoiser together")
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    device, random = "cuda" if torch.cuda.is_available() else "cpu", arguments.models is not None
-    torch.set_float32_matmul_precision("high")
-    folder = arguments.models or WEIGHTS
-    blip, diffusion = (
-        ("blip-image-captioning-base", "stable-diffusion-v1-5") if random else ("blip", "stable-diffusion")
-    )
-    captioner = Blip(str(folder / blip), random_weights=random)
-    generator = StableDiffusion(
-        str(folder / diffusion), arguments.steps, arguments.guidance_scale, arguments.image_size,
-        batch_size=arguments.batch_size, random_weights=random,
-    )  # fmt: skip
-    scorer = OpenClip("ViT-L-14-quickgelu", None) if random else OpenClip(str(folder / "clip"))
+    options = common.parser(__doc__)
+    options.add_argument("--image_size", type=int, help="with --models; the generator's own unless given")
+    options.add_argument("--shards", default="data/miniature/validation")
+    options.add_argument("--images", type=int, default=24)
+    options.add_argument("--candidates", type=int, default=10)
+    options.add_argument("--steps", type=int, default=8)
+    options.add_argument("--guidance_scale", type=float, default=4.0)
+    options.add_argument("--batch_size", type=int, default=128, help="images through the denoiser together")
+    options.add_argument("--rounds", type=int, default=3)
+    arguments = options.parse_args()
+    random, on_gpu = arguments.models is not None, DEVICE == "cuda"
+    settings = {"steps": arguments.steps, "guidance_scale": arguments.guidance_scale}
+    settings |= {"image_size": arguments.image_size, "batch_size": arguments.batch_size}
+    captioner, generator = common.captioner(arguments.models), common.generator(arguments.models, **settings)
+    scorer = OpenClip("ViT-L-14-quickgelu", None) if random else OpenClip(str(WEIGHTS / "clip"))
     for model in (captioner, generator, scorer):
-        freeze(model).to(device)
+        freeze(model).to(DEVICE)
     if random:
-        images = torch.rand(arguments.images, 3, generator.image_size, generator.image_size, device=device)
+        images = torch.rand(arguments.images, 3, generator.image_size, generator.image_size, device=DEVICE)
         seeds = list(range(arguments.images))
     else:
         batch = next(iter(evaluation_batches(arguments.shards, image_size=32, batch_size=arguments.images)))
-        images, seeds = batch.images.to(device), [sample_seed(key) for key in batch.keys]
+        images, seeds = batch.images.to(DEVICE), [sample_seed(key) for key in batch.keys]
     loops = {}
-    for dtype in (torch.float32, torch.bfloat16) if random and device == "cuda" else (torch.float32,):
-        loops[f"plain loop, {dtype}"] = pipeline_of(generator, dtype), clip_of(scorer, random, device, dtype)
-    if random and device == "cuda":
+    for dtype in (torch.float32, torch.bfloat16) if random and on_gpu else (torch.float32,):
+        loops[f"plain loop, {dtype}"] = pipeline_of(generator, dtype), clip_of(scorer, random, dtype)
+    if random and on_gpu:
         for model in (captioner, generator, scorer):
             half(model)
     nucleus, partners = [Decoding("nucleus", arguments.candidates)], Partners(generator, scorer)
-    latents, times = generator.noise([seed + 1 for seed in seeds]), {}
-
-    def timed(name: str, function):
-        start = time.perf_counter()
-        made = function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.setdefault(name, []).append(time.perf_counter() - start)
-        return made
+    latents, times = generator.noise([seed + 1 for seed in seeds]), defaultdict(list)
 
     def loop(pipeline, embed):
         rows = [captioner.sample(images[i : i + 1], nucleus[0], [seed])[0] for i, seed in enumerate(seeds)]
@@ -133,21 +116,20 @@ def main() -> None:
 
     for _ in range(arguments.rounds + 1):  # the first one warms up
         judges = {"image cycle": Regeneration()}
-        made = timed("rerank", lambda: rerank(captioner, partners, judges, images, nucleus, seeds))  # noqa: B023
+        taken, made = timed(lambda: rerank(captioner, partners, judges, images, nucleus, seeds))  # noqa: B023
+        times["rerank"].append(taken)
         for name, (pipeline, embed) in loops.items():
-            captions, scores = timed(name, lambda: loop(pipeline, embed))  # noqa: B023
+            taken, (captions, scores) = timed(lambda: loop(pipeline, embed))  # noqa: B023
+            times[name].append(taken)
             if not random:
                 assert captions == made.captions
                 torch.testing.assert_close(scores, made.scores["image cycle"], atol=1e-3, rtol=0)
     print(
         f"{arguments.images} images of {generator.image_size} px, {arguments.candidates} candidates, {arguments.steps} "
-        f"steps, {torch.cuda.get_device_name() if device == 'cuda' else f'CPU, {torch.get_num_threads()} threads'}"
+        f"steps, {common.machine()}"
     )
     for name, taken in times.items():
-        ratios = [theirs / ours for theirs, ours in zip(taken[1:], times["rerank"][1:], strict=True)]
-        said = (
-            "" if name == "rerank" else f"  {statistics.median(ratios):6.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        said = "" if name == "rerank" else f"  {ratio(taken[1:], times['rerank'][1:])} times"
         print(f"{name:<32}{arguments.images / statistics.median(taken[1:]):8.3f} images/s{said}")
 
 

@@ -1,37 +1,25 @@
 """Time of a text cycle's training step over the sum of its parts measured alone, and memory over K.
 
-`python -m benchmarks.text_cycle` on the miniature models; `--pretrained FOLDER --captioner FOLDER` on others. The step
-and its parts alternate within one run; the ratio is of medians. Memory is the device's peak on a GPU; on a CPU the
-bytes that autograd keeps for the backward pass (the checkpointed calls' inputs, not what is recomputed call by call).
-"""
+    python -m benchmarks.text_cycle [--models FOLDER]
 
-import argparse
-import time
+FOLDER is that of benchmarks.full_size; without it the models are the miniature world's. The step and its parts
+alternate within one run; the ratio is of medians. Memory is the device's peak on a GPU; on a CPU the bytes that
+autograd keeps for the backward pass (the checkpointed calls' inputs, not what is recomputed call by call).
+"""
 
 import numpy as np
 import torch
 
-from cyclefit.captioners import Blip, cross_entropy
+from benchmarks import common
+from cyclefit.captioners import cross_entropy
 from cyclefit.cycles import TruncatedSampling
 from cyclefit.finetune import half_frozen
-from cyclefit.generators import Lora, StableDiffusion
+from cyclefit.generators import Lora
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
-from cyclefit.miniature import WEIGHTS
 
 STEPS = 8
 GOAL = 1.15
-
-
-def timed(function) -> float:
-    """Seconds of one call, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def kept(function) -> int:
@@ -54,23 +42,17 @@ def kept(function) -> int:
 
 def main() -> None:
     """Prints the step, its parts, their ratio, and the memory for K = 1, 2, 4."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--pretrained", default=str(WEIGHTS / "stable-diffusion"))
-    parser.add_argument("--captioner", default=str(WEIGHTS / "blip"))
-    parser.add_argument("--random_weights", action="store_true")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--grad_steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=10)
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = StableDiffusion(
-        arguments.pretrained, STEPS, 4.0, lora=Lora(), random_weights=arguments.random_weights
-    ).to(device)
-    captioner = half_on_gpu(Blip(arguments.captioner, random_weights=arguments.random_weights).to(device))
+    options = common.parser(__doc__)
+    options.add_argument("--batch_size", type=int, default=16)
+    options.add_argument("--grad_steps", type=int, default=2)
+    options.add_argument("--rounds", type=int, default=10)
+    arguments = options.parse_args()
+    generator = common.generator(arguments.models, steps=STEPS, guidance_scale=4.0, lora=Lora())
+    captioner = half_on_gpu(common.captioner(arguments.models))
     half_frozen(generator)
     count, k = arguments.batch_size, arguments.grad_steps
     torch.manual_seed(0)
-    images = torch.rand(count, 3, generator.image_size, generator.image_size, device=device)
+    images = torch.rand(count, 3, generator.image_size, generator.image_size, device=common.DEVICE)
     captions = [f"a {colour} star on the left of a blue ring" for colour in ("red", "green", "pink", "white")] * count
     captions, seeds = captions[:count], list(range(count))
     adapters = [p for p in generator.parameters() if p.requires_grad]
@@ -89,7 +71,7 @@ def main() -> None:
         conditioning = generator.encode_texts(captions)
         twice = torch.cat([conditioning, conditioning])
     latents = generator.noise(seeds)
-    timesteps = torch.full((2 * count,), 500, device=device)
+    timesteps = torch.full((2 * count,), 500, device=common.DEVICE)
 
     def sampling() -> None:
         with torch.no_grad():
@@ -129,7 +111,7 @@ def main() -> None:
     seconds = {name: [] for name in everything}
     for _ in range(arguments.rounds):
         for name, function in everything.items():
-            seconds[name].append(timed(function))
+            seconds[name].append(common.timed(function)[0])
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     for name, value in medians.items():
         print(f"{name:<44}{1000 * value:9.1f} ms")

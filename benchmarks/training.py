@@ -8,16 +8,16 @@ FOLDER is that of benchmarks.full_size; without it the models are the miniature 
 medians.
 """
 
-import argparse
+import dataclasses
 import statistics
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from benchmarks.full_size import seconds
+from benchmarks import common
+from benchmarks.common import DEVICE
 from cyclefit.batch import Batch
 from cyclefit.bridge import encode_embeddings
 from cyclefit.captioners import Blip
@@ -25,40 +25,29 @@ from cyclefit.cycles import SoftCaptionDenoising
 from cyclefit.dry_run import CAPTION
 from cyclefit.finetune import CaptionerFinetune, GeneratorFinetune
 from cyclefit.generators import Lora, StableDiffusion
-from cyclefit.miniature import WEIGHTS
 
 COLOURS = ("red", "green", "blue", "pink", "white", "yellow", "orange", "purple")
 
 
-def models(arguments: argparse.Namespace, device: str, lora: Lora | None = None) -> tuple[Blip, StableDiffusion]:
-    """A captioner to be trained as the paper's is, and a generator."""
-    random, folder = arguments.models is not None, arguments.models or WEIGHTS
-    blip, diffusion = (
-        ("blip-image-captioning-base", "stable-diffusion-v1-5") if random else ("blip", "stable-diffusion")
-    )
-    captioner = Blip(str(folder / blip), trainable="cross-attention queries", random_weights=random)
-    generator = StableDiffusion(str(folder / diffusion), lora=lora, random_weights=random)
-    return captioner.to(device), generator.to(device)
-
-
-def batch(count: int, size: int, device: str, miniature: bool) -> Batch:
+def batch(count: int, size: int, miniature: bool) -> Batch:
     """Images of noise with captions that differ."""
     little = [f"a {one} star on the left of a {other} ring" for one in COLOURS for other in COLOURS]
     captions = little[:count] if miniature else [f"{CAPTION} {k}" for k in range(count)]
-    return Batch(torch.rand(count, 3, size, size, device=device), captions, [[c] for c in captions], captions)
+    return Batch(torch.rand(count, 3, size, size, device=DEVICE), captions, [[c] for c in captions], captions)
 
 
-def ours(module, samples: Batch, device: str):
-    """The step of a configuration, bf16-mixed on a GPU."""
-    module.to(device).setup("fit")
+def ours(module, samples: Batch, cached: bool = False):
+    """The step of a configuration, bf16-mixed on a GPU; with its images' latents from their shards if `cached`."""
+    module.to(DEVICE).setup("fit")
     module.on_fit_start()
+    samples = dataclasses.replace(samples, latents=module.generator.encode_images(samples.images) if cached else None)
     module.over_ranks = lambda value: value.detach()
     parameters = list(module.trained.values())
     optimizer = torch.optim.AdamW(parameters, 1e-5)
 
     def step() -> None:
         samples.images = samples.images.clone()  # a new batch: nothing is known of it
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             loss = module.objective(samples, list(range(len(samples))))[0]
         update(loss, parameters, optimizer)
 
@@ -73,7 +62,7 @@ def update(loss: torch.Tensor, parameters: list[torch.nn.Parameter], optimizer: 
     optimizer.step()
 
 
-def diffusers_lora(generator: StableDiffusion, samples: Batch, device: str):
+def diffusers_lora(generator: StableDiffusion, samples: Batch):
     """The step of diffusers' examples/text_to_image/train_text_to_image_lora.py: VAE, noise, text encoder, UNet."""
     unet, vae, text_encoder = generator.unet, generator.vae, generator.text_encoder
     scheduler = DDPMScheduler.from_config(generator.scheduler.config)
@@ -84,11 +73,11 @@ def diffusers_lora(generator: StableDiffusion, samples: Batch, device: str):
     def step() -> None:
         ids = generator.tokenizer(
             samples.captions, max_length=77, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids.to(device)[:, : text_encoder.config.max_position_embeddings]
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        ).input_ids.to(DEVICE)[:, : text_encoder.config.max_position_embeddings]
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
             latents = vae.encode(pixels.to(vae.dtype)).latent_dist.sample() * vae.config.scaling_factor
             noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=DEVICE)
             noisy = scheduler.add_noise(latents, noise, timesteps)
             conditioning = text_encoder(ids, return_dict=False)[0]
             predicted = unet(noisy, timesteps, conditioning, return_dict=False)[0]
@@ -101,12 +90,12 @@ def diffusers_lora(generator: StableDiffusion, samples: Batch, device: str):
     return step
 
 
-def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, device: str, half: bool):
+def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, half: bool = False):
     """The paper's captioner step: BLIP's loss, its soft caption through the text encoder, the denoising error."""
     cycle = SoftCaptionDenoising()
     partners = CaptionerFinetune(captioner, generator).partners
     cycle.prepare(captioner, partners)
-    bridge = cycle.bridge.to(device)
+    bridge = cycle.bridge.to(DEVICE)
     unet, vae, text_encoder = generator.unet, generator.vae, generator.text_encoder
     if half:
         for network in (unet, vae, text_encoder):
@@ -120,7 +109,7 @@ def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, dev
         ids = torch.cat([captioner.prefix.expand(len(tokens), -1), tokens], 1)
         pixels = F.interpolate(samples.images, (captioner.image_size,) * 2, mode="bicubic", antialias=True)
         pixels = (pixels - captioner.image_mean) / captioner.image_std
-        with torch.autocast(device, torch.bfloat16, enabled=half and device == "cuda"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
             seen = captioner.model(pixel_values=pixels, input_ids=ids, labels=ids)
             probabilities = seen.logits[:, len(captioner.prefix) - 1 : -1].float().softmax(-1)
             embedded = bridge.soft(probabilities, captioner.mask(tokens).sum(1).long() - 1)
@@ -128,7 +117,7 @@ def papers_step(captioner: Blip, generator: StableDiffusion, samples: Batch, dev
             latents = vae.encode((samples.images * 2 - 1).to(vae.dtype)).latent_dist.sample()
             latents = latents * vae.config.scaling_factor
             noise = torch.randn_like(latents)
-            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=device)
+            timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), device=DEVICE)
             noisy = scheduler.add_noise(latents, noise, timesteps)
             predicted = unet(noisy, timesteps, conditioning, return_dict=False)[0]
             loss = seen.loss + F.mse_loss(predicted.float(), noise.float())
@@ -143,46 +132,46 @@ def compare(title: str, steps: dict[str, tuple], rounds: int) -> None:
     times = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (step, count) in steps.items():
-            times[name].append(seconds(step, 3) / count)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    first = next(iter(medians.values()))
+            times[name].append(common.seconds(step, 3) / count)
     print(title)
-    for name, value in medians.items():
-        print(f"  {name:<44}{1 / value:10.3g} samples/s   {value / first:6.2f}")
+    first = next(iter(times.values()))
+    for name, taken in times.items():
+        said = "" if taken is first else common.ratio(taken, first)
+        print(f"  {name:<40}{1 / statistics.median(taken):10.3g} samples/s {said}")
 
 
 def main() -> None:
     """Prints both comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="a folder of configs and tokenizers; weights are random")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--image_size", type=int, help="the generator's own unless given")
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-
-    _, generator = models(arguments, device, Lora())
-    miniature = arguments.models is None
-    samples = batch(arguments.batch_size, arguments.image_size or generator.image_size, device, miniature)
+    options = common.parser(__doc__)
+    options.add_argument("--batch_size", type=int, default=8)
+    options.add_argument("--image_size", type=int, help="the generator's own unless given")
+    options.add_argument("--rounds", type=int, default=7)
+    arguments = options.parse_args()
+    folder, count, miniature = arguments.models, arguments.batch_size, arguments.models is None
+    generator = common.generator(folder, image_size=arguments.image_size, lora=Lora())
+    samples, single = batch(count, generator.image_size, miniature), batch(1, generator.image_size, miniature)
+    title = f"batch of {count}, {generator.image_size} px, {common.machine()}"
     module = GeneratorFinetune(generator, validation_images=0)
     steps = {
-        "sd_lora": (ours(module, samples, device), arguments.batch_size),
-        "diffusers' example": (diffusers_lora(generator, samples, device), arguments.batch_size),
+        "sd_lora": (ours(module, samples), count),
+        "diffusers' example": (diffusers_lora(generator, samples), count),
+        "sd_lora with cached latents": (ours(module, samples, cached=True), count),
     }
-    compare(f"sd_lora, batch of {arguments.batch_size}, {samples.images.shape[-1]} px", steps, arguments.rounds)
+    compare(f"sd_lora, {title}", steps, arguments.rounds)
     del generator, module, steps
 
-    captioner, generator = models(arguments, device)
-    module = CaptionerFinetune(captioner, generator, cycle=SoftCaptionDenoising(), round_trip_images=0)
-    steps = {"cycle_blip": (ours(module, samples, device), arguments.batch_size)}
-    single = batch(1, samples.images.shape[-1], device, miniature)
-    steps["the paper's step, batch 1, float32"] = papers_step(*models(arguments, device), single, device, False), 1
-    steps["the same at our batch and precision"] = (
-        papers_step(*models(arguments, device), samples, device, device == "cuda"),
-        arguments.batch_size,
-    )
-    compare(f"cycle_blip, batch of {arguments.batch_size}, {samples.images.shape[-1]} px", steps, arguments.rounds)
+    def fresh() -> tuple[Blip, StableDiffusion]:
+        blip = common.captioner(folder, trainable="cross-attention queries")
+        return blip, common.generator(folder, image_size=arguments.image_size)
+
+    module = CaptionerFinetune(*fresh(), cycle=SoftCaptionDenoising(), round_trip_images=0)
+    steps = {
+        "cycle_blip": (ours(module, samples), count),
+        "the paper's step, batch 1, float32": (papers_step(*fresh(), single), 1),
+        "the same at our batch and precision": (papers_step(*fresh(), samples, half=DEVICE == "cuda"), count),
+        "cycle_blip with cached latents": (ours(module, samples, cached=True), count),
+    }
+    compare(f"cycle_blip, {title}", steps, arguments.rounds)
 
 
 if __name__ == "__main__":

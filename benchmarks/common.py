@@ -1,0 +1,76 @@
+"""What the benchmarks share: models, whose weights are random where FOLDER is given, and the clock.
+
+FOLDER holds models by the last part of their hub names, configs and tokenizers alone: neither time nor memory depends
+on the weights. Without it they are the miniature world's.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cyclefit.captioners import Blip
+from cyclefit.generators import StableDiffusion
+from cyclefit.miniature import WEIGHTS
+
+BLIP, DIFFUSION = "blip-image-captioning-base", "stable-diffusion-v1-5"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """A parser with what the benchmarks have in common."""
+    torch.set_float32_matmul_precision("high")
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", type=Path, metavar="FOLDER", help="configs and tokenizers; weights are random")
+    return made
+
+
+def machine() -> str:
+    """What the figures are of."""
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} cores"
+
+
+def captioner(folder: Path | None, **settings) -> Blip:
+    """BLIP base with random weights, or the miniature world's BLIP."""
+    return Blip(str(folder / BLIP if folder else WEIGHTS / "blip"), random_weights=bool(folder), **settings).to(DEVICE)
+
+
+def generator(folder: Path | None, **settings) -> StableDiffusion:
+    """Stable Diffusion 1.5 with random weights, or the miniature world's."""
+    name = str(folder / DIFFUSION if folder else WEIGHTS / "stable-diffusion")
+    return StableDiffusion(name, random_weights=bool(folder), **settings).to(DEVICE)
+
+
+def half(module: torch.nn.Module) -> None:
+    """Frozen parameters in bf16 on the CPU too, where training leaves them."""
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
+def timed(function: Callable[[], object]) -> tuple[float, object]:
+    """Seconds of one call, the device's work included, and what it returned."""
+    _wait()
+    start = time.perf_counter()
+    made = function()
+    _wait()
+    return time.perf_counter() - start, made
+
+
+def seconds(function: Callable[[], object], rounds: int) -> float:
+    """The median time of `rounds` calls after a first one that warms up."""
+    return statistics.median([timed(function)[0] for _ in range(rounds + 1)][1:])
+
+
+def ratio(others: list[float], own: list[float]) -> str:
+    """The median of ratios of times taken in turns, and their range."""
+    found = [other / mine for other, mine in zip(others, own, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
