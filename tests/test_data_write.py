@@ -13,7 +13,7 @@ from PIL import Image
 
 from cyclefit.data.__main__ import main
 from cyclefit.data.sources import coco_source, folder_source, img2dataset_source, nocaps_source
-from cyclefit.data.write import Sample, verify_shards, write_shards
+from cyclefit.data.write import Sample, _Shard, verify_shards, write_shards
 
 
 def encoded(format="jpeg", mode="RGB", colour=(200, 30, 30), size=(16, 12), **options) -> bytes:
@@ -140,7 +140,7 @@ def test_an_error_leaves_no_half_shard(tmp_path):
 
     with pytest.raises(RuntimeError, match="the source broke"):
         write(failing(), tmp_path, samples_per_shard=3)
-    assert [path.name for path in tmp_path.iterdir()] == ["000000.tar"]
+    assert {path.name for path in tmp_path.iterdir()} <= {".begun.json", "000000.tar"}
 
 
 def test_a_killed_run_leaves_no_half_shard_under_a_final_name(tmp_path):
@@ -171,6 +171,31 @@ def test_a_killed_run_leaves_no_half_shard_under_a_final_name(tmp_path):
         shard.unlink()
     write(samples(1), out)
     assert {path.name for path in out.iterdir()} == {"000000.tar", "manifest.json"}
+
+
+def test_packing_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    for k in range(7):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / "images" / f"{k} {k}.png")
+        (tmp_path / "images" / f"{k} {k}.txt").write_text(f"caption {k}")
+    command = ["pack", "folder", f"--images={tmp_path / 'images'}", "--samples_per_shard=2"]
+    assert main([*command, f"--out={tmp_path / 'whole'}"]) == 0
+    add, added = _Shard.add, []
+
+    def interrupted(*args):
+        added.append(args)
+        if len(added) == 6:
+            raise KeyboardInterrupt
+        add(*args)
+
+    monkeypatch.setattr(_Shard, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*command, f"--out={tmp_path / 'cut'}"])
+    assert main([*command, f"--out={tmp_path / 'cut'}"]) == 0
+    assert "continuing after 2 shards of 4 samples" in capsys.readouterr().err
+    assert len(added) == 6 + 3
+    whole, cut = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "cut"))
+    assert whole == cut
 
 
 def test_nothing_usable_is_an_error(tmp_path):

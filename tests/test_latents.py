@@ -4,7 +4,7 @@ import tarfile
 import pytest
 import torch
 
-from cyclefit import UserError, cli, latents
+from cyclefit import UserError, cli, latents, start
 from cyclefit.captioners import Blip
 from cyclefit.cycles import SoftCaptionDenoising
 from cyclefit.data import ShardData, verify_shards
@@ -159,3 +159,34 @@ def test_images_that_cannot_be_read_are_named(tmp_path, folder, capsys):
     assert latents.main(["--shards", str(shards), "--generator", folder, "--out", str(out)]) == 0
     assert "1 samples cannot be used" in capsys.readouterr().out
     assert "bad" in (out / "manifest.json").read_text()
+
+
+def test_an_interrupted_run_goes_on(world, folder, tmp_path, monkeypatch, capsys):
+    arguments = ["--shards", str(world / "validation"), "--generator", folder, "--samples_per_shard", "100"]
+    assert latents.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    encode, calls = StableDiffusion.encode_images, []
+
+    def interrupted(self, images):
+        calls.append(len(images))
+        if sum(calls) > 250:
+            raise KeyboardInterrupt
+        return encode(self, images)
+
+    monkeypatch.setattr(StableDiffusion, "encode_images", interrupted)
+    monkeypatch.setattr("sys.argv", ["latents", *arguments, "--out", str(tmp_path / "cut")])
+    with pytest.raises(SystemExit, match="130"):
+        start.run(latents.main)
+    assert capsys.readouterr().err.endswith("interrupted\n")
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [".begun.json", "000000.tar", "000001.tar"]
+    calls.clear()
+    monkeypatch.setattr(StableDiffusion, "encode_images", lambda self, x: calls.append(len(x)) or encode(self, x))
+    with pytest.raises(FileExistsError, match="did not finish"):
+        latents.main([*arguments, "--out", str(tmp_path / "cut"), "--image_size", "64"])
+    assert latents.main([*arguments, "--out", str(tmp_path / "cut")]) == 0
+    assert "continuing after 2 shards of 200 samples" in capsys.readouterr().err
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert "manifest.json" in names
+    whole, cut = (verify_shards(tmp_path / name) for name in ("whole", "cut"))
+    assert whole == cut
+    assert sum(calls) == whole["samples"] - 200

@@ -5,9 +5,8 @@ the work of a denoising step. Training reads them with `data.latents` and `data.
 """
 
 import argparse
-import json
-import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -15,34 +14,34 @@ import torch
 from safetensors.numpy import save
 
 from cyclefit.data import write_shards
-from cyclefit.data.read import IMAGES, LATENTS, BadSample, decode_image, expand_shards, raw_samples, read_captions
-from cyclefit.data.write import Sample
+from cyclefit.data.read import (
+    IMAGES,
+    LATENTS,
+    BadSample,
+    decode_image,
+    expand_shards,
+    raw_samples,
+    read_captions,
+    read_extra,
+)
+from cyclefit.data.write import Sample, find_begun
 from cyclefit.generators import StableDiffusion
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.start import run
 
-log = logging.getLogger("cyclefit.latents")
 
-
-def with_latents(urls: list[str], generator: StableDiffusion, batch_size: int) -> Iterator[Sample]:
-    """The samples of shards with the latents of their images' centres, in half precision."""
+def with_latents(urls: list[str], generator: StableDiffusion, batch_size: int, done: set[str]) -> Iterator[Sample]:
+    """The samples of shards with the latents of their images' centres, in half precision; not those that are `done`."""
     size = generator.image_size
     made = {"generator": generator.pretrained, "image_size": str(size)}
 
-    def note(reason: str, key: str, shard: str) -> None:
-        log.warning("%s: %s, %s; its samples are left out.", shard, reason, key)
-
     def decoded() -> Iterator[tuple[Sample, np.ndarray | None]]:
-        for url in urls:
-            for sample in raw_samples(url, note):
-                image = next((sample[e] for e in IMAGES if e in sample), b"")
-                try:
-                    record = json.loads(sample.get("json", b"{}"))
-                    extra = {k: v for k, v in record.items() if k not in ("caption", "captions")}
-                    kept = Sample(sample["__key__"], image, read_captions(sample), extra)
-                    yield kept, decode_image(image, size)
-                except (BadSample, ValueError, AttributeError):
-                    yield Sample(sample["__key__"], b"", ["of an image that cannot be read"]), None
+        for sample in (sample for url in urls for sample in raw_samples(url) if sample["__key__"] not in done):
+            image, captions, pixels = next((sample[e] for e in IMAGES if e in sample), b""), [], None
+            with suppress(BadSample):  # without a caption or with a broken image it is left out, and named
+                captions = read_captions(sample)
+                pixels = decode_image(image, size)
+            yield Sample(sample["__key__"], image, captions, read_extra(sample)), pixels
 
     samples = decoded()
     while batch := list(islice(samples, batch_size)):
@@ -56,23 +55,26 @@ def with_latents(urls: list[str], generator: StableDiffusion, batch_size: int) -
 
 
 def main(arguments: list[str]) -> int:
-    """Writes shards anew with the latents of their images."""
+    """Writes shards anew with the latents of their images; what was interrupted goes on."""
     parser = argparse.ArgumentParser(prog="python -m cyclefit.latents", description=main.__doc__)
     parser.add_argument("--shards", required=True, help="folder, pattern or URL of shards")
     parser.add_argument("--generator", required=True, help="hub id or folder, as model.generator.pretrained says it")
     parser.add_argument("--image_size", type=int, help="as data.image_size says it; the generator's own unless given")
-    parser.add_argument("--out", required=True, help="folder for the shards, without shards so far")
+    parser.add_argument("--out", required=True, help="folder for the shards, without others so far")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--samples_per_shard", type=int, default=1000)
     options = parser.parse_args(arguments)
     urls = expand_shards(options.shards)
     generator = freeze(StableDiffusion(options.generator, image_size=options.image_size))
     half_on_gpu(generator.to("cuda" if torch.cuda.is_available() else "cpu"))
+    source = f"{options.shards} with latents of {options.generator} at {generator.image_size} px"
+    begun = find_begun(options.out, source, options.samples_per_shard)
     manifest = write_shards(
-        with_latents(urls, generator, options.batch_size),
+        with_latents(urls, generator, options.batch_size, begun.keys),
         options.out,
         samples_per_shard=options.samples_per_shard,
-        source=f"{options.shards} with latents of {options.generator} at {generator.image_size} px",
+        source=source,
+        begun=begun,
     )
     print(f"{manifest['samples']} samples in {len(manifest['shards'])} shards in {options.out}.")
     if manifest["skipped"]["total"]:

@@ -50,9 +50,12 @@ def resolve_configs(arguments: list[str]) -> list[str]:
 
 
 def run(function) -> None:
-    """Runs a command with a user's mistakes as one sentence on stderr and exit status 2."""
+    """Runs a command with a user's mistakes as one sentence on stderr and exit status 2; Ctrl-C as one word and 130."""
     try:
         sys.exit(function(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, OSError) as error:
         mistake = _mistake_behind(error)
         if mistake is None:

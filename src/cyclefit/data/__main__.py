@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from cyclefit.start import run
+
 from .sources import coco_source, folder_source, img2dataset_source, nocaps_source
-from .write import Sample, verify_shards, write_shards
+from .write import Sample, find_begun, verify_shards, write_shards
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,12 +66,15 @@ def _pack(args: argparse.Namespace) -> None:
         samples = list(samples)
         total = len(samples)
     source = f"{args.source} {args.images} {args.annotations or ''} {args.split or ''}"
+    source = " ".join(source.split())
+    begun = find_begun(args.out, source, args.samples_per_shard)
     manifest = write_shards(
-        samples,
+        (sample for sample in samples if sample.key not in begun.keys),
         args.out,
         samples_per_shard=args.samples_per_shard,
-        total=total,
-        source=" ".join(source.split()),
+        total=total and total - len(begun.keys),
+        source=source,
+        begun=begun,
     )
     skipped = manifest["skipped"]
     verified = verify_shards(args.out)
@@ -120,4 +125,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,7 +1,6 @@
 """Self-training on the best of N: the candidates of an evaluation that a judge likes best, as shards to train on."""
 
 import json
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,10 +12,8 @@ from rich.console import Console
 
 from cyclefit import UserError
 
-from .read import IMAGES, BadSample, expand_shards, raw_samples, read_captions
+from .read import IMAGES, BadSample, expand_shards, raw_samples, read_captions, read_extra
 from .write import Sample, verify_shards, write_shards
-
-log = logging.getLogger("cyclefit.data")
 
 Direction = Literal["captions", "images"]
 
@@ -174,11 +171,8 @@ def _captioned(path: Path, best: dict, urls: list[str], met: set[str]) -> Iterat
     """The samples of the shards, those with candidates captioned anew."""
     seen: list[str] = []
 
-    def note(reason: str, key: str, shard: str) -> None:
-        log.warning("%s: %s, %s; its samples are left out.", shard, reason, key)
-
     for url in urls:
-        for sample in raw_samples(url, note):
+        for sample in raw_samples(url):
             key = sample["__key__"]
             try:
                 originals = read_captions(sample)
@@ -190,13 +184,8 @@ def _captioned(path: Path, best: dict, urls: list[str], met: set[str]) -> Iterat
                 continue
             met.add(key)
             chosen, _, provenance = best[key]
-            try:
-                record = json.loads(sample.get("json", b"{}"))
-            except ValueError:  # the captions are in its txt
-                record = {}
-            record = record if isinstance(record, dict) else {}
-            record.setdefault("original_captions", originals)  # not those an earlier round put in place
-            extra = {name: value for name, value in record.items() if name not in ("caption", "captions")}
+            extra = read_extra(sample)
+            extra.setdefault("original_captions", originals)  # not those an earlier round put in place
             extra |= provenance
             yield Sample(key, next((sample[e] for e in IMAGES if e in sample), b""), [chosen.text], extra)
     if not met:

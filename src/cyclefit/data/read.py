@@ -233,6 +233,16 @@ def read_captions(sample: dict) -> list[str]:
     return captions
 
 
+def read_extra(sample: dict) -> dict:
+    """What a sample's json holds beside its captions; nothing where it has none that can be read."""
+    try:
+        record = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        record = {}
+    extra = record if isinstance(record, dict) else {}
+    return {name: value for name, value in extra.items() if name not in ("caption", "captions")}
+
+
 def read_latents(sample: dict, generator: str, size: int) -> Float16[np.ndarray, "c h w"]:
     """The latents of a sample's image that `python -m cyclefit.latents` put beside it.
 
@@ -309,7 +319,12 @@ class _Decoder:
         return Batch(images, list(captions), list(references), list(keys), latents), report
 
 
-def raw_samples(url: str, note) -> Iterator[dict]:
+def left_out(reason: str, key: str, shard: str) -> None:
+    """Warns of a shard that cannot be read, or not to its end."""
+    log.warning("%s: %s, %s; its samples are left out.", shard, reason, key)
+
+
+def raw_samples(url: str, note=left_out) -> Iterator[dict]:
     """A shard's samples as bytes; where it cannot be read, or not to its end, that is noted once."""
     failed = []
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import tarfile
 import warnings
 from collections import Counter
@@ -30,6 +31,8 @@ REENCODED = ("BMP", "TIFF", "GIF")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 MANIFEST = "manifest.json"
+BEGUN = ".begun.json"
+"""What is being written, as long as the manifest is not there."""
 
 
 @dataclass
@@ -45,6 +48,18 @@ class Sample:
     """What else the sample's json shall hold."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Further files of the sample, by extension."""
+
+
+@dataclass
+class Begun:
+    """What a run of `write_shards` that was cut off has left complete."""
+
+    shards: list[dict] = field(default_factory=list)
+    """As the manifest lists them."""
+    keys: set[str] = field(default_factory=set)
+    """Of the samples, as the source has them."""
+    names: set[str] = field(default_factory=set)
+    """Of the samples, as the shards have them."""
 
 
 class Unusable(Exception):
@@ -111,12 +126,14 @@ def write_shards(
     total: int | None = None,
     progress: bool = True,
     source: str = "",
+    begun: Begun | None = None,
 ) -> dict:
     """Pack samples into `folder/000000.tar`, ... and return the manifest, also written as `manifest.json`.
 
     A sample is `KEY.jpg|png|webp`, stored as it came, its further files, and `KEY.json` with `captions` and its extra
     fields. A sample that cannot be used is left out and named in the manifest with the reason. Shards take their
-    names when complete, the manifest comes last; equal samples give equal bytes.
+    names when complete, the manifest comes last; equal samples give equal bytes. With what `find_begun`
+    found in the folder the shards go on from there: `samples` are the ones that are left.
 
     Raises:
         FileExistsError: the folder holds shards already.
@@ -125,13 +142,15 @@ def write_shards(
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; a shard needs at least one sample.")
-    folder = Path(folder)
-    _refuse_existing(folder)
+    folder, begun = Path(folder), begun or Begun()
+    if not begun.shards:
+        _refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tar.partial"):
         leftover.unlink()
 
-    shards, skipped, sources, keys, shard = [], [], set(), set(), None
+    settings = json.dumps([source, samples_per_shard])
+    shards, skipped, sources, keys, shard = [*begun.shards], [], {*begun.keys}, {*begun.names}, None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -164,6 +183,7 @@ def write_shards(
                 shard = shard or _Shard(folder, f"{len(shards):06d}.tar")
                 shard.add(key, {extension: image} | sample.files, record)
                 if shard.samples == samples_per_shard:
+                    (folder / BEGUN).write_text(settings)
                     shards.append(shard.finish())
                     shard = None
             if shard:
@@ -187,7 +207,30 @@ def write_shards(
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
+    (folder / BEGUN).unlink(missing_ok=True)
     return manifest
+
+
+def find_begun(folder: str | Path, source: str, samples_per_shard: int) -> Begun:
+    """The complete shards of a run of `write_shards` with the same source that was cut off; they may be none."""
+    folder, found = Path(folder), Begun()
+    try:
+        same = (folder / BEGUN).read_text() == json.dumps([source, samples_per_shard])
+    except OSError:
+        same = False
+    if not same or (folder / MANIFEST).exists():
+        return found
+    for path in sorted(folder.glob("*.tar")):
+        samples = _read_shard(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entry = {"name": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": digest}
+        found.shards.append(entry)
+        found.names |= samples.keys()
+        found.keys |= {json.loads(files["json"]).get("source_key", name) for name, files in samples.items()}
+    if found.shards:
+        print(f"continuing after {len(found.shards)} shards of {len(found.keys)} samples", file=sys.stderr)
+    return found
 
 
 def verify_shards(folder: str | Path) -> dict:
