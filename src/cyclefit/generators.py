@@ -127,6 +127,8 @@ class StableDiffusion(Generator):
         image_size: pixels of the generated and encoded images; the denoiser's own size if None.
         batch_size: images that go through the denoiser together.
         lora: adapters to train; None freezes everything.
+        decoder: hub id or local folder of an AutoencoderTiny, such as madebyollin/taesd: it decodes in the VAE's place
+            where gradient flows through the images; those that are drawn without gradient are the VAE's.
         random_weights: build the architecture from the configs alone, for tests and benchmarks.
 
     Raises:
@@ -142,10 +144,11 @@ class StableDiffusion(Generator):
         image_size: int | None = None,
         batch_size: int = 32,
         lora: Lora | None = None,
+        decoder: str | None = None,
         random_weights: bool = False,
     ):
         super().__init__()
-        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
         with loading("generator", pretrained):
@@ -173,6 +176,14 @@ class StableDiffusion(Generator):
                 self.scheduler = DPMSolverMultistepScheduler.from_pretrained(
                     pretrained, subfolder="scheduler", algorithm_type="dpmsolver++", lower_order_final=True
                 )
+        self.decoder = None
+        if decoder is not None:
+            with loading("decoder", decoder):
+                if random_weights or sketched():
+                    self.decoder = AutoencoderTiny.from_config(AutoencoderTiny.load_config(decoder))
+                else:
+                    files = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
+                    self.decoder = whole(AutoencoderTiny.from_pretrained(decoder, **files), decoder)
         self.pretrained = pretrained
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -256,6 +267,12 @@ class StableDiffusion(Generator):
         """Images in [0, 1] of scaled latents; differentiable."""
         with own_precision(self.vae):
             images = self.vae.decode((latents / self.vae.config.scaling_factor).to(weights_dtype(self.vae))).sample
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode_small(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
+        scaled = latents / self.decoder.config.scaling_factor
+        with own_precision(self.decoder):
+            images = self.decoder.decode(scaled.to(weights_dtype(self.decoder)), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def tokenize(self, texts: list[str]) -> Int[Tensor, "b n"]:
@@ -365,10 +382,11 @@ class StableDiffusion(Generator):
         return torch.cat(images)
 
     def _decoded(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        """`decode_latents` of a few images at a time; where gradient flows, their activations are computed again."""
+        """A few images at a time; where gradient flows, by the small decoder, and activations are computed again."""
         # One image of 512 px fills a GPU; its activations are 2.9 GiB, 0.4 where nothing is kept.
         together = (1 if torch.is_grad_enabled() else 4) * 512**2 // self.image_size**2
-        return torch.cat([_checkpointed(self.decode_latents, part) for part in latents.split(max(1, together))])
+        decode = self._decode_small if self.decoder is not None and torch.is_grad_enabled() else self.decode_latents
+        return torch.cat([_checkpointed(decode, part) for part in latents.split(max(1, together))])
 
     def denoise(
         self,
