@@ -3,7 +3,7 @@
     python -m benchmarks.full_size [--models FOLDER] [--configs blip cycle_sd ...] [--out full_size.json]
 
 FOLDER holds models by the last part of their hub names, configs and tokenizers alone: weights are random, on which
-neither time nor memory depends. Without it the published weights come from the hub. On a GPU the steps are those of the
+neither time nor memory depends. Without it they come from the hub. On a GPU the steps are those of the
 configurations; on a CPU one tiny step of each proves that it runs.
 
 A part is a method of a model, measured alone on the inputs that it got in a step, backward pass included where it had
@@ -42,6 +42,7 @@ from cyclefit.finetune import Finetune
 from cyclefit.judges import Partners, Regeneration
 from cyclefit.loading import freeze
 from cyclefit.rerank import rerank
+from cyclefit.start import run
 
 ONE_STEP = ["--model.cycle=cyclefit.cycles.OneStepCaptioning", "--model.cycle.num_images=4"]
 RUNS = {
@@ -167,7 +168,8 @@ def training(name: str, arguments: argparse.Namespace, rate: float) -> dict:
     module, _ = built(name, arguments)
     module.setup("fit")
     module.on_fit_start()
-    half(module)
+    if arguments.tiny:
+        half(module)
     module.over_ranks = lambda value: value.detach()
     captions = [f"{CAPTION} {k}" for k in range(count)]
     images = torch.rand(count, 3, size, size, device=DEVICE)
@@ -317,4 +319,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda _: main())

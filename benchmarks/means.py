@@ -30,6 +30,7 @@ from cyclefit.generators import StableDiffusion
 from cyclefit.loading import freeze
 from cyclefit.miniature import WEIGHTS
 from cyclefit.scorers import OpenClip
+from cyclefit.start import run
 
 Work = Callable[[], object]
 
@@ -231,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda _: main())

@@ -24,6 +24,7 @@ from cyclefit.loading import freeze
 from cyclefit.miniature import WEIGHTS
 from cyclefit.rerank import rerank, sample_seed
 from cyclefit.scorers import OpenClip
+from cyclefit.start import run
 
 
 def pipeline_of(generator: StableDiffusion, dtype: torch.dtype):
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda _: main())

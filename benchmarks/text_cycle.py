@@ -17,6 +17,7 @@ from cyclefit.finetune import half_frozen
 from cyclefit.generators import Lora
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
+from cyclefit.start import run
 
 STEPS = 8
 GOAL = 1.15
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda _: main())

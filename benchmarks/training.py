@@ -25,6 +25,7 @@ from cyclefit.cycles import SoftCaptionDenoising
 from cyclefit.dry_run import CAPTION
 from cyclefit.finetune import CaptionerFinetune, GeneratorFinetune
 from cyclefit.generators import Lora, StableDiffusion
+from cyclefit.start import run
 
 COLOURS = ("red", "green", "blue", "pink", "white", "yellow", "orange", "purple")
 
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda _: main())

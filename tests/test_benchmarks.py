@@ -1,6 +1,7 @@
 """The benchmarks run and say what they measured; how long things take is not tested."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -15,11 +16,43 @@ def said(monkeypatch, capsys):
 
     def run(benchmark, *arguments) -> str:
         monkeypatch.setattr(sys, "argv", [benchmark.__name__, *map(str, arguments)])
-        monkeypatch.setattr("rich.console.Console.size", property(lambda _: (150, 50)))
+        capsys.readouterr()
         benchmark.main()
         return capsys.readouterr().out
 
     return run
+
+
+def test_training(said):
+    text = said(training, "--rounds=1", "--batch_size=2")
+    rates = re.findall(r"^  (.+?)  +(\S+) samples/s (?: *(\S+) \(.*\))?", text, re.MULTILINE)
+    assert len(rates) == 7
+    assert all(float(rate) > 0 for _, rate, _ in rates)
+    assert [name for name, _, ratio in rates if not ratio] == ["sd_lora", "cycle_blip"]
+
+
+def test_reranking_agrees_with_the_plain_loop(said, world):
+    arguments = ["--rounds=1", "--images=2", "--candidates=2", "--steps=2", f"--shards={world / 'validation'}"]
+    text = said(rerank, *arguments)
+    assert re.search(r"plain loop, torch.float32 +\S+ images/s +\S+ \(", text)
+
+
+def test_text_cycle(said):
+    text = said(text_cycle, "--rounds=1", "--batch_size=2", "--grad_steps=1")
+    assert re.search(r"step over the sum of its parts +\d\.\d\d", text)
+    kept = [int(size) for size in re.findall(r"K = \d +(\d+) KiB", text)]
+    assert kept[:3] == kept[3:] == sorted(kept[:3])
+
+
+def test_means(said):
+    text = said(means, "--rounds=1", "--batch_size=1", "--only", "reused", "vision", "overlapped", "in one")
+    rows = re.findall(r"│ (.+?) +│ .+? +│ +(\S*) │ +\S+ \(\S+ to \S+\) │", text)
+    assert [name for name, _ in rows] == [
+        "guidance in one call", "one vision pass for all candidates", "features reused in every second step",
+        "captions and regeneration overlapped",
+    ]  # fmt: skip
+    assert float(rows[1][1]) > 2
+    assert float(rows[2][1]) > 1.5
 
 
 @torch.no_grad()
@@ -32,3 +65,26 @@ def test_reused_features_are_those_of_the_last_full_step(generator):
     torch.testing.assert_close(reused(latents, times, conditioning), full)
     other = reused(latents, times - 300, conditioning)
     torch.testing.assert_close(other, generator.predict(latents, times - 300, conditioning))
+
+
+def test_reuse(said, monkeypatch, world):
+    monkeypatch.setattr(reuse, "SETTINGS", [(2, 1), (2, 2)])
+    text = said(reuse, "--images=3", "--candidates=2", f"--shards={world / 'validation'}")
+    rows = re.findall(r"│ +2 │ +\d │ +(\d+) │ +(\S+) │ +\S+ │ +\S+ │ +(\S+) │", text)
+    assert len(rows) == 2
+    assert int(rows[0][0]) > 1.5 * int(rows[1][0])
+
+
+def test_full_size(said, tmp_path, weights):
+    """On small architectures under the names of the full ones."""
+    for name, own in (("blip-image-captioning-base", "blip"), ("stable-diffusion-v1-5", "stable-diffusion")):
+        (tmp_path / name).symlink_to(weights / own)
+    out = tmp_path / "full_size.json"
+    text = said(full_size, f"--models={tmp_path}", "--configs", "cycle_blip", "rerank", f"--out={out}")
+    assert "of its parts" in text
+    runs = json.loads(out.read_text())["runs"]
+    assert runs["cycle_blip"]["parts_ms"].keys() == {
+        "captioner", "bridge", "text encoder", "denoiser", "VAE", "optimizer",
+    }  # fmt: skip
+    assert runs["cycle_blip"]["step_over_parts"] > 0
+    assert runs["rerank"]["tflop_per_sample"] > runs["cycle_blip"]["tflop_per_sample"] > 0

@@ -267,8 +267,11 @@ class RunCLI(LightningCLI):
         if not self.config.dry_run:
             return super().instantiate_classes()
         logging.disable(logging.WARNING)  # open_clip regrets the weights
-        with torch.device("meta"):
-            self.model = self._get(self.parser.instantiate_classes(self.config), "model")
+        try:
+            with torch.device("meta"):
+                self.model = self._get(self.parser.instantiate_classes(self.config), "model")
+        finally:
+            logging.disable(logging.NOTSET)
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
         """The trainer, with the run's own loggers and checkpoints unless the config says otherwise."""

@@ -173,6 +173,7 @@ def step_needs(
 
     memory, flops = LiveBytes(), FlopCounterMode(display=False)
     with ExitStack() as stack:
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", fused_attention))
         for half in halves:
             for change in _without_values(half):
                 stack.enter_context(change)
@@ -213,7 +214,6 @@ def _without_values(half: Finetune) -> Iterator:
         return [f"{CAPTION} {k}" for k in range(len(tokens))]
 
     yield patch.object(half, "over_ranks", lambda value: value.detach())  # there is no trainer
-    yield patch.object(F, "scaled_dot_product_attention", fused_attention)
     if captioner is not None:
         yield patch.object(captioner, "generate", generate)
         yield patch.object(captioner, "decode", decode)
@@ -221,6 +221,9 @@ def _without_values(half: Finetune) -> Iterator:
 
 PEAKS = {"RTX 4090": 165e12, "A100": 312e12, "H100, H200": 989e12}
 """FLOP/s of dense bf16 products, as published."""
+
+PARTS = ("captioner", "generator", "scorer", "held_out", "cycle", "captioning.cycle", "drawing.cycle")
+"""Modules that the report lists."""
 
 UTILISATION = 0.4
 """Share of the peak that a training step is taken to reach."""
@@ -258,9 +261,6 @@ def report(module: Finetune, config) -> None:
             hours = seconds * batches * steps / 3600
             line += f"; {steps:,} steps of {batches} batches: {hours:,.1f} h without validation"
         console.print(line)
-
-
-PARTS = ("captioner", "generator", "scorer", "held_out", "cycle", "captioning.cycle", "drawing.cycle")
 
 
 def _rates() -> dict[str, float]:
