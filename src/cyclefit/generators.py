@@ -132,7 +132,8 @@ class StableDiffusion(Generator):
         random_weights: build the architecture from the configs alone, for tests and benchmarks.
 
     Raises:
-        FileNotFoundError: the model is neither a local folder nor to be had from the hub.
+        FileNotFoundError: a model is neither a local folder nor to be had from the hub.
+        UserError: the decoder is of another VAE.
 
     """
 
@@ -184,6 +185,12 @@ class StableDiffusion(Generator):
                 else:
                     files = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
                     self.decoder = whole(AutoencoderTiny.from_pretrained(decoder, **files), decoder)
+            fits = [(c.latent_channels, len(c.block_out_channels)) for c in (self.decoder.config, self.vae.config)]
+            if fits[0] != fits[1]:
+                raise UserError(
+                    f"the decoder {decoder!r} is of another VAE than {pretrained!r}: channels of latents and levels "
+                    f"are {fits[0]}, not {fits[1]}"
+                )
         self.pretrained = pretrained
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -382,7 +389,7 @@ class StableDiffusion(Generator):
         return torch.cat(images)
 
     def _decoded(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        """A few images at a time; where gradient flows, by the small decoder, and activations are computed again."""
+        """Images a few at a time; where gradient flows, by `decoder` and with activations computed again."""
         # One image of 512 px fills a GPU; its activations are 2.9 GiB, 0.4 where nothing is kept.
         together = (1 if torch.is_grad_enabled() else 4) * 512**2 // self.image_size**2
         decode = self._decode_small if self.decoder is not None and torch.is_grad_enabled() else self.decode_latents
