@@ -175,9 +175,9 @@ def test_a_killed_run_leaves_no_half_shard_under_a_final_name(tmp_path):
 
 def test_packing_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     (tmp_path / "images").mkdir()
-    for k in range(7):
-        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / "images" / f"{k} {k}.png")
-        (tmp_path / "images" / f"{k} {k}.txt").write_text(f"caption {k}")
+    for name in (*(f"x {k}" for k in range(6)), "x_0"):  # the last one's key in the shard would be the first one's
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "images" / f"{name}.txt").write_text(f"caption of {name}")
     command = ["pack", "folder", f"--images={tmp_path / 'images'}", "--samples_per_shard=2"]
     assert main([*command, f"--out={tmp_path / 'whole'}"]) == 0
     add, added = _Shard.add, []
