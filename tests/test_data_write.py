@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,10 @@ def test_packing_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_Shard, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([*command, f"--out={tmp_path / 'cut'}"])
+    shutil.copytree(tmp_path / "cut", tmp_path / "damaged")
+    (tmp_path / "damaged" / "000000.tar").write_bytes(b"")
+    assert main([*command, f"--out={tmp_path / 'damaged'}"]) == 2
+    assert "000000.tar is damaged or missing; empty the folder" in capsys.readouterr().err
     assert main([*command, f"--out={tmp_path / 'cut'}"]) == 0
     assert "continuing after 2 shards of 4 samples" in capsys.readouterr().err
     assert len(added) == 6 + 3

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import logging
 import os
 import shutil
 from unittest.mock import patch
@@ -100,6 +101,7 @@ def test_the_command_prints_parameters_memory_and_time_and_leaves_nothing_behind
     assert all(part in said for part in ("miniature_cycle_both", "memory of one GPU", "TFLOP", "A100", "images/s"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "src"]
     assert [path.name for path in run.parent.rglob("*")] == ["miniature_cycle_both", "config.yaml"]
+    assert logging.getLogger("cyclefit").isEnabledFor(logging.WARNING)
 
 
 def test_a_dry_run_of_a_model_that_is_not_there_says_so(tmp_path, monkeypatch, capsys):

@@ -132,8 +132,8 @@ def write_shards(
 
     A sample is `KEY.jpg|png|webp`, stored as it came, its further files, and `KEY.json` with `captions` and its extra
     fields. A sample that cannot be used is left out and named in the manifest with the reason. Shards take their
-    names when complete, the manifest comes last; equal samples give equal bytes. With what `find_begun`
-    found in the folder the shards go on from there: `samples` are the ones that are left.
+    names when complete, the manifest comes last; equal samples give equal bytes. After the shards that `find_begun`
+    found in the folder it goes on: `samples` are those that are left.
 
     Raises:
         FileExistsError: the folder holds shards already.
@@ -212,7 +212,12 @@ def write_shards(
 
 
 def find_begun(folder: str | Path, source: str, samples_per_shard: int) -> Begun:
-    """The complete shards of a run of `write_shards` with the same source that was cut off; they may be none."""
+    """The complete shards of a run of `write_shards` with the same source that was cut off; they may be none.
+
+    Raises:
+        ValueError: a shard is damaged or missing among them.
+
+    """
     folder, found = Path(folder), Begun()
     try:
         same = (folder / BEGUN).read_text() == json.dumps([source, samples_per_shard])
@@ -220,10 +225,15 @@ def find_begun(folder: str | Path, source: str, samples_per_shard: int) -> Begun
         same = False
     if not same or (folder / MANIFEST).exists():
         return found
-    for path in sorted(folder.glob("*.tar")):
-        samples = _read_shard(path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    for number, path in enumerate(sorted(folder.glob("*.tar"))):
+        try:
+            samples = _read_shard(path)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except (tarfile.TarError, EOFError):
+            samples = {}
+        if not samples or path.name != f"{number:06d}.tar":
+            raise ValueError(f"cannot go on in {folder}: {number:06d}.tar is damaged or missing; empty the folder.")
         entry = {"name": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": digest}
         found.shards.append(entry)
         found.names |= samples.keys()
