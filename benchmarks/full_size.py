@@ -284,16 +284,16 @@ def show(results: dict) -> None:
     console.print(made)
     parts = list(dict.fromkeys(part for row in results["runs"].values() for part in row.get("parts_ms", ())))
     made = Table(title="Parts of a step alone, ms (calls)")
-    for column in ("", *parts):
+    for column in ("", *parts, "loader, beside"):
         made.add_column(column, justify="right" if column else "left")
     for name, row in results["runs"].items():
         if "parts_ms" in row:
             calls = row["calls"]
             shown = [f"{row['parts_ms'][p]:.3g} ({calls.get(p, 1)})" if p in row["parts_ms"] else "" for p in parts]
-            made.add_row(name, *shown)
+            made.add_row(name, *shown, f"{row['loader_ms']:.3g}")
     console.print(made)
-    line = results["loader"]
-    console.print(f"loader alone, {line['workers']} workers: {line['samples_per_second']:.0f} images/s")
+    loader = results["loader"]
+    console.print(f"loader alone, {loader['workers']} workers: {loader['samples_per_second']:.0f} images/s of 512 px")
 
 
 def main() -> None:
@@ -314,6 +314,7 @@ def main() -> None:
         results["runs"][name] = reranking(arguments) if name == "rerank" else training(name, arguments)
         for row in results["runs"].values():
             row["utilisation"] = row["tflops"] / results["matrix_tflops"]
+            row["loader_ms"] = 1e3 * row["batch"] / results["loader"]["samples_per_second"]
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")  # what is measured is kept
         gc.collect()
         if DEVICE == "cuda":

@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from cyclefit import UserError
 from cyclefit.captioners import Blip
 from cyclefit.cycles import OneStepCaptioning, TruncatedSampling
 from cyclefit.generators import Lora, StableDiffusion
@@ -146,48 +145,6 @@ def test_velocity_is_turned_into_the_same_clean_latents(weights, batch):
         drawn = generator.snr(torch.randint(1000, (12,)))
         expected = drawn.clamp(max=5.0) / (drawn + 1 if velocity else drawn)
         assert torch.allclose(weighted / plain, expected, rtol=1e-4), divisor
-
-
-def tiny(folder, **config):
-    from diffusers import AutoencoderTiny
-
-    widths = {"encoder_block_out_channels": (8,) * 3, "decoder_block_out_channels": (8,) * 3}
-    blocks = {"num_encoder_blocks": (1,) * 3, "num_decoder_blocks": (1,) * 3}
-    AutoencoderTiny(**widths | blocks | config).save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_small_decoder_decodes_where_gradient_flows(weights, batch, tmp_path):
-    torch.manual_seed(0)
-    model, decoder = trainee(weights, text_encoder=False), tiny(tmp_path / "decoder")
-    small = StableDiffusion(str(weights / "stable-diffusion"), 3, 4.0, lora=Lora(rank=4, alpha=8.0), decoder=decoder)
-    small.load_state_dict(model.state_dict(), strict=False)
-    captions, seeds = batch.captions[:2], [0, 1]
-    with torch.no_grad():
-        torch.testing.assert_close(small.generate(captions, seeds), model.generate(captions, seeds))
-        latents = model.denoise(model.encode_texts(captions), model.noise(seeds))
-        expected = small.decoder.decode(latents).sample.clamp(-1, 1) / 2 + 0.5
-    drawn = small.generate(captions, seeds, grad_steps=1)
-    torch.testing.assert_close(drawn, expected)
-    drawn.sum().backward()
-    assert all(p.grad is not None for p in small.unet.parameters() if p.requires_grad)
-    assert not any(p.requires_grad for p in small.decoder.parameters())
-    small.zero_grad()
-    conditioning = small.encode_texts(captions)
-    clean = small.one_step(
-        small.encode_images(batch.images[:2]), conditioning, torch.tensor([9, 9]), model.noise(seeds)
-    )
-    assert clean.requires_grad and clean.shape == (2, 3, 32, 32)
-
-
-def test_a_decoder_of_another_vae_is_refused(weights, tmp_path):
-    sixteen = tiny(tmp_path / "sixteen", latent_channels=16)
-    with pytest.raises(
-        UserError, match=r"of another VAE than .*: channels of latents and levels are \(16, 3\), not \(4, 3\)"
-    ):
-        StableDiffusion(str(weights / "stable-diffusion"), decoder=sixteen)
-    with pytest.raises(FileNotFoundError, match="cannot load the decoder"):
-        StableDiffusion(str(weights / "stable-diffusion"), decoder=str(tmp_path / "nothing"))
 
 
 def test_the_loss_is_lower_for_the_right_caption(weights, partners, batch):

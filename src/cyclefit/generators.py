@@ -127,13 +127,10 @@ class StableDiffusion(Generator):
         image_size: pixels of the generated and encoded images; the denoiser's own size if None.
         batch_size: images that go through the denoiser together.
         lora: adapters to train; None freezes everything.
-        decoder: hub id or local folder of an AutoencoderTiny, such as madebyollin/taesd: it decodes in the VAE's place
-            where gradient flows through the images; those that are drawn without gradient are the VAE's.
         random_weights: build the architecture from the configs alone, for tests and benchmarks.
 
     Raises:
-        FileNotFoundError: a model is neither a local folder nor to be had from the hub.
-        UserError: the decoder is of another VAE.
+        FileNotFoundError: the model is neither a local folder nor to be had from the hub.
 
     """
 
@@ -145,11 +142,10 @@ class StableDiffusion(Generator):
         image_size: int | None = None,
         batch_size: int = 32,
         lora: Lora | None = None,
-        decoder: str | None = None,
         random_weights: bool = False,
     ):
         super().__init__()
-        from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+        from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
         from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
         with loading("generator", pretrained):
@@ -176,20 +172,6 @@ class StableDiffusion(Generator):
             with torch.device("cpu"):
                 self.scheduler = DPMSolverMultistepScheduler.from_pretrained(
                     pretrained, subfolder="scheduler", algorithm_type="dpmsolver++", lower_order_final=True
-                )
-        self.decoder = None
-        if decoder is not None:
-            with loading("decoder", decoder):
-                if random_weights or sketched():
-                    self.decoder = AutoencoderTiny.from_config(AutoencoderTiny.load_config(decoder))
-                else:
-                    files = {"use_safetensors": True, "output_loading_info": True, "torch_dtype": torch.float32}
-                    self.decoder = whole(AutoencoderTiny.from_pretrained(decoder, **files), decoder)
-            fits = [(c.latent_channels, len(c.block_out_channels)) for c in (self.decoder.config, self.vae.config)]
-            if fits[0] != fits[1]:
-                raise UserError(
-                    f"the decoder {decoder!r} is of another VAE than {pretrained!r}: channels of latents and levels "
-                    f"are {fits[0]}, not {fits[1]}"
                 )
         self.pretrained = pretrained
         self.steps = steps
@@ -274,12 +256,6 @@ class StableDiffusion(Generator):
         """Images in [0, 1] of scaled latents; differentiable."""
         with own_precision(self.vae):
             images = self.vae.decode((latents / self.vae.config.scaling_factor).to(weights_dtype(self.vae))).sample
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-
-    def _decode_small(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        scaled = latents / self.decoder.config.scaling_factor
-        with own_precision(self.decoder):
-            images = self.decoder.decode(scaled.to(weights_dtype(self.decoder)), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def tokenize(self, texts: list[str]) -> Int[Tensor, "b n"]:
@@ -389,11 +365,10 @@ class StableDiffusion(Generator):
         return torch.cat(images)
 
     def _decoded(self, latents: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        """Images a few at a time; where gradient flows, by `decoder` and with activations computed again."""
+        """`decode_latents` of a few images at a time; where gradient flows, their activations are computed again."""
         # One image of 512 px fills a GPU; its activations are 2.9 GiB, 0.4 where nothing is kept.
         together = (1 if torch.is_grad_enabled() else 4) * 512**2 // self.image_size**2
-        decode = self._decode_small if self.decoder is not None and torch.is_grad_enabled() else self.decode_latents
-        return torch.cat([_checkpointed(decode, part) for part in latents.split(max(1, together))])
+        return torch.cat([_checkpointed(self.decode_latents, part) for part in latents.split(max(1, together))])
 
     def denoise(
         self,
