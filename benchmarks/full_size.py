@@ -122,8 +122,14 @@ class Recorder:
         function = getattr(model, method)
 
         def recorded(*args, **kwargs):
+            if self.recomputing:  # which ends by an exception as soon as it has what it needs
+                note(False, args, kwargs)
+                return function(*args, **kwargs)
             made = function(*args, **kwargs)
-            backward = isinstance(made, Tensor) and made.requires_grad and not self.recomputing
+            note(isinstance(made, Tensor) and made.requires_grad, args, kwargs)
+            return made
+
+        def note(backward: bool, args: tuple, kwargs: dict) -> None:
             like = str(tree_map(lambda x: (x.shape, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs)))
             key = method, like if method != "predict" else str(args[0].shape), backward, torch.is_grad_enabled()
             known = self.calls.setdefault(part, {})
@@ -132,7 +138,6 @@ class Recorder:
             else:
                 inputs = tree_map(lambda x: _copy(x) if isinstance(x, Tensor) else x, (args, kwargs))
                 known[key] = Call(function, inputs, backward)
-            return made
 
         return patch.object(model, method, recorded)
 

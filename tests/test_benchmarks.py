@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import full_size, means, rerank, reuse, text_cycle, training
+from cyclefit.generators import Lora, StableDiffusion
 
 
 @pytest.fixture
@@ -73,6 +74,19 @@ def test_reuse(said, monkeypatch, world):
     rows = re.findall(r"│ +2 │ +\d │ +(\d+) │ +(\S+) │ +\S+ │ +\S+ │ +(\S+) │", text)
     assert len(rows) == 2
     assert int(rows[0][0]) > 1.5 * int(rows[1][0])
+
+
+def test_parts_count_what_checkpointing_computes_again(weights):
+    generator = StableDiffusion(str(weights / "stable-diffusion"), steps=3, lora=Lora())
+    recorder = full_size.Recorder()
+    with recorder.watch("denoiser", generator, "predict"), recorder.watch("VAE", generator, "decode_latents"):
+        drawn = generator.generate(["a red star"], [0], grad_steps=1)
+        recorder.recomputing = True
+        drawn.sum().backward()
+    found = {part: sorted((c.backward, c.count) for c in calls.values()) for part, calls in recorder.calls.items()}
+    assert found == {"denoiser": [(False, 1), (False, 2), (True, 1)], "VAE": [(False, 1), (True, 1)]}
+    for call in recorder.calls["VAE"].values():
+        full_size.replay(call)
 
 
 def test_full_size(said, tmp_path, weights):
