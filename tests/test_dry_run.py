@@ -106,7 +106,7 @@ def test_the_command_prints_parameters_memory_and_time_and_leaves_nothing_behind
 
 def test_a_dry_run_of_a_model_that_is_not_there_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = ["train.py", "--config", "cycle_blip.yaml", "--dry_run=true", "--model.captioner.pretrained=no/such"]
+    command = ["train.py", "--config", "cycle_blip.yaml", "--dry_run", "--model.captioner.pretrained=no/such"]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit, match="2"):
         start.run(cli.train)

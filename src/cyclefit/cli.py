@@ -234,7 +234,12 @@ class RunCLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help="what to continue from: `last`, `auto`, a file")
         parser.add_argument("--group", type=str | None, help="the W&B group of this run")
         parser.add_argument(
-            "--dry_run", type=bool, default=False, help="print what a step needs; nothing is downloaded or trained"
+            "--dry_run",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="print what a step needs; nothing is downloaded or trained",
         )
 
     def before_instantiate_classes(self) -> None:
