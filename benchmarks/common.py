@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with what the benchmarks have in common."""
+    """A parser with `--models`; matrix products are TF32 from here on, as train.py has them."""
     torch.set_float32_matmul_precision("high")
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--models", type=Path, metavar="FOLDER", help="configs and tokenizers; weights are random")

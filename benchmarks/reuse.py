@@ -7,6 +7,7 @@ step and only its first and last block in the others. On the miniature world eve
 from the same noise; beside CIDEr of the favourites stand the denoiser's FLOPs and the time of judging.
 """
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -82,7 +83,7 @@ def reusing(generator: StableDiffusion, interval: int) -> Iterator[None]:
 @torch.no_grad()
 def main() -> None:
     """Prints what each setting costs and finds."""
-    options = common.parser(__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--shards", default="data/miniature/validation")
     options.add_argument("--images", type=int, default=150)
     options.add_argument("--candidates", type=int, default=8)
