@@ -36,7 +36,7 @@ class Candidates:
     scores: dict[str, Float[Tensor, "b n"]]
     """Each judge's scores, higher is better."""
     seconds: dict[str, float]
-    """Of sampling (`sampling`) and of each judge, for the whole batch."""
+    """Of each decoding (`greedy`, `nucleus x 10`) and each judge by itself, for the whole batch."""
 
     def ranked(self, judge: str) -> list[list[str]]:
         """Each image's captions, the judge's favourite first."""
@@ -68,17 +68,33 @@ def rerank(
         others: other images for judges that contrast; the batch's own if None.
 
     """
-    start = time.perf_counter()
-    rows = [captioner.sample(images, decoding, seeds) for decoding in decodings]
+    rows, seconds, scores = [], {}, {}
+    for decoding in decodings:
+        sampled, seconds[label(decoding)] = sample(captioner, images, decoding, seeds)
+        rows.append(sampled)
     captions = [[text for part in parts for text in part] for parts in zip(*rows, strict=True)]
-    _wait(images)
-    seconds, scores = {"sampling": time.perf_counter() - start}, {}
     noise_seeds = [seed + 1 for seed in seeds]
     for name, judge in judges.items():
         start = time.perf_counter()
         scores[name] = judge.score(partners, images, captions, noise_seeds, others).float().cpu()
         seconds[name] = time.perf_counter() - start
     return Candidates(captions, scores, seconds)
+
+
+def label(decoding: Decoding) -> str:
+    """What the seconds of a decoding go by: `greedy`, `nucleus x 10`."""
+    return decoding.method + (f" x {decoding.num_samples}" if decoding.num_samples > 1 else "")
+
+
+def sample(
+    captioner: Captioner, images: Float[Tensor, "b 3 h w"], decoding: Decoding, seeds: Sequence[int]
+) -> tuple[list[list[str]], float]:
+    """Captions of each image under one decoding, and the seconds they took, the vision tower's included."""
+    _wait(images)
+    start = time.perf_counter()
+    captions = captioner.sample(images, decoding, seeds)
+    _wait(images)
+    return captions, time.perf_counter() - start
 
 
 @dataclass
@@ -92,7 +108,7 @@ class Drawings:
     scores: dict[str, Float[Tensor, "b"]]
     """`text cycle` and `image-text`, cosine similarities in [-1, 1], higher is better, on the CPU."""
     seconds: dict[str, float]
-    """Of `drawing` and of each judge, for all images; captioning is the text cycle's."""
+    """Of `drawing` and of each judge by itself, for all images; captioning is the text cycle's."""
 
 
 @torch.no_grad()
@@ -112,24 +128,19 @@ def rerank_images(
     control without a captioner. For N candidates repeat a prompt with N seeds. An image and its scores depend on its
     own prompt and seed alone. `steps` and `guidance_scale` are the generator's own if None.
     """
-    prompts, seconds = list(prompts), {}
-
-    def timed(name: str, since: float) -> None:
-        _wait(images)
-        seconds[name] = time.perf_counter() - since
-
-    start = time.perf_counter()
+    prompts, start = list(prompts), time.perf_counter()
     images = generator.generate(prompts, seeds, steps, guidance_scale)
-    timed("drawing", start)
+    _wait(images)
+    seconds = {"drawing": time.perf_counter() - start}
+
+    rows, captioning = sample(captioner, images, Decoding(max_new_tokens=max_new_tokens), seeds)
+    captions, start = [row[0] for row in rows], time.perf_counter()
+    scores = {"text cycle": (scorer.embed_texts(prompts) * scorer.embed_texts(captions)).sum(-1).cpu()}
+    seconds["text cycle"] = captioning + time.perf_counter() - start
+
     start = time.perf_counter()
-    decoding = Decoding(max_new_tokens=max_new_tokens)
-    captions = [row[0] for row in captioner.sample(images, decoding, seeds)]
-    texts = scorer.embed_texts(prompts)
-    scores = {"text cycle": (texts * scorer.embed_texts(captions)).sum(-1).cpu()}
-    timed("text cycle", start)
-    start = time.perf_counter()
-    scores["image-text"] = (texts * scorer.embed_images(images)).sum(-1).cpu()
-    timed("image-text", start)
+    scores["image-text"] = (scorer.embed_texts(prompts) * scorer.embed_images(images)).sum(-1).cpu()
+    seconds["image-text"] = time.perf_counter() - start
     return Drawings(images, captions, scores, seconds)
 
 

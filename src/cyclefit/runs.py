@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
+from cyclefit.digests import digest
 from cyclefit.generators import Generator
 
 Which = Literal["captioner", "generator"]
@@ -81,9 +82,10 @@ def newest(folder: Path) -> tuple[Path, str | None]:
 
 
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
-    """A run's configuration with its `folder` and `steps`, and what it trained by name, `captioner...`, `generator...`.
+    """A run's configuration and the parameters it trained by name, `captioner...`, `generator...`.
 
-    Of a run with a moving average the parameters are the average.
+    The configuration has `folder`, `steps` and the `digest` of the parameters beside the settings. Of a run with a
+    moving average the parameters are the average.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no such checkpoint.
@@ -106,7 +108,9 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
     tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
     # A run of both models holds each under one of its halves.
     names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
-    return config | {"steps": state["global_step"], "folder": str(folder)}, dict(zip(names, tensors, strict=True))
+    parameters = dict(zip(names, tensors, strict=True))
+    about = {"steps": state["global_step"], "folder": str(folder), "digest": digest(parameters)}
+    return config | about, parameters
 
 
 def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner") -> tuple[Captioner | Generator, dict]:

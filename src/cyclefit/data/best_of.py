@@ -55,7 +55,8 @@ def best_of(
     Raises:
         FileNotFoundError: the evaluation, the split or a shard does not exist.
         UserError: an unknown model or judge, another direction than the evaluation's, fewer than two candidates, a
-            row that is none (its score not finite, its image outside the evaluation), keys that match nowhere.
+            row that is none (its score not finite, its image outside the evaluation), keys that match nowhere, shards
+            whose captions are not those of the evaluation.
         FileExistsError: `out` holds shards already.
 
     """
@@ -71,6 +72,8 @@ def best_of(
     if split not in splits:
         raise FileNotFoundError(f"{folder} has no candidates of split {split}; it has {', '.join(splits) or 'none'}.")
     urls = expand_shards(shards) if shards is not None else []
+    references = folder / f"references-{split}.json"
+    captions = json.loads(references.read_text(encoding="utf-8")) if references.is_file() else {}
     pools = _read_candidates(path, judge, model, direction, progress)
     number = max(map(len, pools.values()))
     if number < 2:
@@ -88,7 +91,7 @@ def best_of(
             best[key] = chosen, scores, {"best_of": own | constant}
     met: set[str] = set()
     manifest = write_shards(
-        _captioned(path, best, urls, met) if direction == "captions" else _drawn(pools, best, met),
+        _captioned(path, best, urls, captions, met) if direction == "captions" else _drawn(pools, best, met),
         out,
         total=len(pools) if direction == "images" else None,
         progress=progress,
@@ -167,8 +170,8 @@ def _described(folder: Path, split: str) -> dict:
     return {"scorer": known["scorer"], "seed": known["seed"]}
 
 
-def _captioned(path: Path, best: dict, urls: list[str], met: set[str]) -> Iterator[Sample]:
-    """The samples of the shards, those with candidates captioned anew."""
+def _captioned(path: Path, best: dict, urls: list[str], captions: dict, met: set[str]) -> Iterator[Sample]:
+    """The samples of the shards, those with candidates captioned anew; `captions` are those of the evaluation, by key."""
     seen: list[str] = []
 
     for url in urls:
@@ -182,6 +185,11 @@ def _captioned(path: Path, best: dict, urls: list[str], met: set[str]) -> Iterat
                 seen += [key] if len(seen) < 3 else []
                 yield Sample(key, b"", [])
                 continue
+            if captions.get(key, originals) != originals:
+                raise UserError(
+                    f"{url} has other captions of {key} than were evaluated ({originals[0]!r}, then "
+                    f"{captions[key][0]!r}): pass the shards that were evaluated, or evaluate these."
+                )
             met.add(key)
             chosen, _, provenance = best[key]
             extra = read_extra(sample)

@@ -5,7 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import torch
 
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
+from cyclefit.data.read import expand_shards
+from cyclefit.digests import digest, digest_of_shards
 from cyclefit.evaluate.analyses import (
     correlations,
     count_curve,
@@ -45,7 +47,7 @@ from cyclefit.metrics.clip import clip_scores, retrieval
 from cyclefit.metrics.java import Java, Unavailable
 from cyclefit.report import write_report
 from cyclefit.report.html import KINDS, gallery_keys
-from cyclefit.rerank import rerank, sample_seed, with_others
+from cyclefit.rerank import rerank, sample, sample_seed, with_others
 from cyclefit.scorers import Scorer
 
 JUDGES = {
@@ -120,34 +122,47 @@ def captions(
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
     fabric = launch(devices, num_nodes)
     device = fabric.device
-    for judge in judges.values():
-        if (own := getattr(judge, "scorer", None)) is not None:
-            half_on_gpu(own.to(device))
-    partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
     lengths = {"min_new_tokens": min_new_tokens, "max_new_tokens": max_new_tokens}
     single = [Decoding(**lengths), Decoding("beam", **lengths)]
     nucleus = Decoding("nucleus", num_candidates, top_p=nucleus_p, **lengths)
     models = load_models(captioner, runs, checkpoint, "captioner")
+    # Every model's own captions are regenerated for the round trip; sampling N of them is the expensive part.
+    plans: dict[str, tuple[list[Decoding], dict[str, Judge]]] = {}
+    for model in models:
+        if model == "base" or rerank_runs:
+            plans[model] = [*single, nucleus], judges
+        else:
+            round_trip = {k: v for k, v in judges.items() if k in ("image cycle", "image-text")}
+            plans[model] = [*single, replace(nucleus, num_samples=1)], round_trip
+    # Taken before anything changes its precision.
+    common = {"seed": seed, "image_size": image_size, "generator": digest(generator), "scorer": digest(scorer)}
+    depends = {
+        model: common
+        | {
+            "captioner": digest(models[model][0]),
+            "decodings": list(map(asdict, decodings)),
+            "judges": {name: digest(judge) for name, judge in used.items()},
+            "images to contrast with": min(limit or sys.maxsize, 4 * _num_others(used)),
+        }
+        for model, (decodings, used) in plans.items()
+    }
+    for judge in judges.values():
+        if (own := getattr(judge, "scorer", None)) is not None:
+            half_on_gpu(own.to(device))
+    partners = Partners(half_on_gpu(generator.to(device)), half_on_gpu(scorer.to(device)))
 
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
-        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "nucleus_p": nucleus_p, "limit": limit}
-        own = {name: getattr(getattr(judge, "scorer", None), "name", "") for name, judge in judges.items()}
-        stamp |= {"judges": {name: f"{judge!r} {own[name]}" for name, judge in judges.items()}, "scorer": scorer.name}
-        stamp |= {"lengths": list(lengths.values()), "image_size": image_size, **_sampling(generator)}
-        stamp |= {"models": {name: config.get("steps") for name, (_, config) in models.items()}}
-        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp, fabric)
+        source = {"images": digest_of_shards(expand_shards(urls))}
+        about = {"shards": urls, "scorer": scorer.name, "seed": seed} | source
+        path = folder / f"candidates-{split}.jsonl"
+        table = tables[split] = Rows(path, {name: source | own for name, own in depends.items()}, about, fabric)
         for model, (network, _) in models.items():
-            # Every model's own captions are regenerated for the round trip; sampling N of them is the expensive part.
-            full = model == "base" or rerank_runs
-            decodings = [*single, nucleus if full else replace(nucleus, num_samples=1)]
-            used = judges if full else {k: v for k, v in judges.items() if k in ("image cycle", "image-text")}
             stream = evaluation_batches(
                 urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
             )
-            _evaluate(
-                table, split, model, freeze(network.to(device)), partners, used, decodings, stream, limit, seed, fabric
-            )
+            freeze(network.to(device))
+            _evaluate(table, split, model, network, partners, plans[model], stream, limit, seed, fabric)
             network.to("cpu")
     fabric.barrier()
     if not fabric.is_global_zero:
@@ -201,15 +216,21 @@ def _sampling(generator: Generator) -> dict:
     return {name: getattr(generator, name, None) for name in ("steps", "guidance_scale")}
 
 
-def _evaluate(table, split, model, captioner, partners, judges, decodings, stream, limit, seed, fabric) -> None:
-    """Appends one model's candidates on one split to its table, of this rank's batches."""
-    done, folder, references = table.done(model), table.path.parent, {}
-    contrasted = max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
+def _num_others(judges: dict[str, Judge]) -> int:
+    """How many other images the judges contrast an image with, at most."""
+    return max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
+
+
+def _evaluate(table, split, model, captioner, partners, plan, stream, limit, seed, fabric) -> None:
+    """Appends one model's candidates on one split to its table, of this rank's batches; a first image warms up."""
+    (decodings, judges), done, folder, references = plan, table.done(model), table.path.parent, {}
+    *_, nucleus = decodings
+    warm = False
     names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
     with progress_bar("images", fabric.global_rank) as progress:
         task = progress.add_task(f"{split}: {model}", total=limit)
         # Every rank reads all images, which is little beside what is made of them, and works on some batches.
-        for number, (batch, others) in enumerate(with_others(stream, contrasted)):
+        for number, (batch, others) in enumerate(with_others(stream, _num_others(judges))):
             references |= dict(zip(batch.keys, batch.references, strict=True))
             if number % fabric.world_size != fabric.global_rank:
                 progress.update(task, advance=len(batch))
@@ -223,8 +244,20 @@ def _evaluate(table, split, model, captioner, partners, judges, decodings, strea
             images = batch.images[todo].to(device)
             seeds = [sample_seed(key, seed) for key in keys]
             others = others[todo].to(device) if others is not None else None
+            if not warm:
+                one = others[:1] if others is not None else None
+                rerank(captioner, partners, judges, images[:1], decodings, seeds[:1], one)
+                warm = True
             made = rerank(captioner, partners, judges, images, decodings, seeds, others)
-            seconds = {name: round(value / len(todo), 5) for name, value in made.seconds.items()}
+            seconds = {name: value / len(todo) for name, value in made.seconds.items()}
+            if nucleus.num_samples > 1:
+                # What one sample costs; and of judging, which is in proportion to different captions, the candidates'.
+                seconds["nucleus"] = sample(captioner, images, replace(nucleus, num_samples=1), seeds)[1] / len(todo)
+                different, candidates = (
+                    sum(len(set(row[k:])) for row in made.captions) for k in (0, len(names) - nucleus.num_samples)
+                )
+                seconds |= {name: seconds[name] * candidates / different for name in judges}
+            seconds = {name: round(value, 6) for name, value in seconds.items()}
             table.append(
                 [
                     {
@@ -287,15 +320,14 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
     for model, by_key in by_model.items():
         samples = list(by_key.values())
         seconds = {k: float(np.mean([s[0]["seconds"][k] for s in samples])) for k in samples[0][0]["seconds"]}
-        share = seconds["sampling"] / samples[0][0]["of"]
         none = {"generator_calls": 0, "denoiser_calls": 0}
         for decoding in ("greedy", "beam", "nucleus"):
             picked = [next(row for row in sample if row["decoding"] == decoding) for sample in samples]
-            add(model, decoding, "single", picked, none, share)
+            add(model, decoding, "single", picked, none, seconds[decoding])
         pool = [[row for row in sample if row["decoding"] == "nucleus"] for sample in samples]
         if len(pool[0]) < 2:
             continue
-        pools[model] = pool
+        pools[model], sampling = pool, seconds[f"nucleus x {len(pool[0])}"]
         texts = [[row["caption"] for row in candidates] for candidates in pool]
         rows[-1]["metrics"]["self-BLEU"] = {"value": float(self_bleu(texts).mean())}
         different = float(np.mean([len({row["caption"] for row in candidates}) for candidates in pool]))
@@ -305,11 +337,10 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
             seconds[SUM] = seconds["image cycle"] + seconds["image-text"]
         for name, cost in costs.items():
             best = [max(candidates, key=lambda row: row["scores"][name]) for candidates in pool]
-            judging = seconds[name] * len(pool[0]) / samples[0][0]["of"]
             rounded = {k: round(v, 1) for k, v in cost.items()}
-            add(model, "nucleus", name, best, rounded, share * len(pool[0]) + judging)
+            add(model, "nucleus", name, best, rounded, sampling + seconds[name])
         best = [max(candidates, key=lambda row: row["metrics"]["CIDEr"]) for candidates in pool]
-        add(model, "nucleus", "oracle", best, none, share * len(pool[0]))
+        add(model, "nucleus", "oracle", best, none, sampling)
 
     ranked = [(model, judge, pool) for model, pool in pools.items() for judge in pool[0][0]["scores"]]
     judge = next(iter(judges))

@@ -70,28 +70,49 @@ def launch(devices: int, num_nodes: int) -> "Fabric":
 class Rows:
     """The rows of `candidates-SPLIT.jsonl`, appended to as they come: an interrupted evaluation goes on from them.
 
-    Of several ranks each one after the first has a file of its own until all are done, `candidates-SPLIT.rankR.jsonl`.
-
-    Raises:
-        UserError: the files there were written with other settings.
-
+    `depends` says of each model what its rows depend on, by name, as digests and plain values; the first rank's counts.
+    Rows of a model that were written with the same are kept, those of others are dropped, to be made anew, and it is
+    printed which. `about` is written beside it. Of several ranks each one after the first has a file of its own until
+    all are done, `candidates-SPLIT.rankR.jsonl`.
     """
 
-    def __init__(self, path: Path, stamp: dict, fabric: "Fabric"):
+    def __init__(self, path: Path, depends: dict[str, dict], about: dict, fabric: "Fabric"):
         self.path, rank = path, fabric.global_rank
         self.own = path.with_name(f"{path.stem}.rank{rank}.jsonl") if rank else path
-        settings = path.with_suffix(".settings.json")
-        if settings.exists() and json.loads(settings.read_text()) != stamp:
-            raise UserError(f"{path} was written with other settings: delete {path.parent} or choose another --out")
-        fabric.barrier()
         if not rank:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(settings, stamp)
             # What an interrupted evaluation has left, on whatever number of ranks, is gathered before it goes on; where
             # gathering itself was interrupted, a sample is in two files.
             self.gather()
+            self._drop_outdated(depends, about)
         fabric.barrier()
         self.rows = _whole_samples(path)
+
+    def _drop_outdated(self, depends: dict[str, dict], about: dict) -> None:
+        folder, split = self.path.parent, self.path.stem.removeprefix("candidates-")
+        settings = self.path.with_suffix(".settings.json")
+        depends = json.loads(json.dumps(depends))  # as it comes back from the file
+        before = json.loads(settings.read_text()).get("depends", {}) if settings.exists() else {}
+        outdated = {row["model"] for row in self.rows if before.get(row["model"]) != depends.get(row["model"])}
+        for model in sorted(outdated):
+            if model not in depends:
+                print(f"{split}: the results of {model} are dropped: it is not among the models any more")
+            elif old := before.get(model):
+                changed = ", ".join(name for name, value in depends[model].items() if old.get(name) != value)
+                print(f"{split}: {model} is evaluated anew: changed since its last results: {changed or 'settings'}")
+            else:
+                print(f"{split}: {model} is evaluated anew: it is not known what its last results depend on")
+        if outdated:
+            if kept := [model for model in depends if model in before and model not in outdated]:
+                print(f"{split}: kept are the results of {', '.join(kept)}")
+            for name in ("metrics.json", "report.html"):  # they tell of rows that are no more
+                (folder / name).unlink(missing_ok=True)
+            for row in self.rows:
+                if row["model"] in outdated:  # images that are there are taken for the sample's
+                    (folder / "images" / split / "source" / f"{row['key']}.png").unlink(missing_ok=True)
+            self.rows = [row for row in self.rows if row["model"] not in outdated]
+            self.rewrite()
+        write_json(settings, about | {"depends": depends})
 
     def done(self, model: str) -> set[str]:
         """Keys that need no more work."""
@@ -132,6 +153,8 @@ class Rows:
         if twice := self.gather():
             raise RuntimeError(f"{twice} samples of {self.path} were made by two ranks")
         place = {name: i for i, name in enumerate(itertools.product(models, keys))}
+        wanted = set(keys)  # there are more where the limit was higher before
+        self.rows = [row for row in self.rows if row["key"] in wanted]
         counts = Counter((row["model"], row["key"]) for row in self.rows)
         if counts.keys() != place.keys() or any(counts[row["model"], row["key"]] != row["of"] for row in self.rows):
             wrong = next(iter(counts.keys() ^ place.keys()), "a count")
@@ -224,7 +247,8 @@ def _described(config: dict, which: Which, index: int) -> dict:
             f" ({reward['class_path'].rpartition('.')[2]})" if reward else ""
         )
         described = f"{own} and a cycle: {what}"
-    return {"description": described, "steps": config["steps"], "folder": config["folder"], "color_index": index}
+    about = {name: config[name] for name in ("steps", "folder", "digest")}
+    return {"description": described, **about, "color_index": index}
 
 
 def outcome_of(difference: dict) -> tuple[bool | None, str]:

@@ -18,6 +18,7 @@ from cyclefit.metrics.statistics import seed_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
 from cyclefit.report.tables import reading
+from cyclefit.runs import read_run as read_trained
 
 # What names a run, says where it lies or how it was launched, and not what it trained.
 APART = ("name", "group", "runs", "ckpt_path", "trainer.default_root_dir")
@@ -60,7 +61,9 @@ def compare(
     folders = sorted({path.parent for run in found for path in run["folder"].parent.glob("*/metrics.json")})
     content = {"runs": rows(found), "evaluations": []}
     for folder in map(Path, evaluations) if evaluations is not None else folders:
-        content["evaluations"] += read_evaluation(folder, found, named=evaluations is not None)
+        entries, outdated = read_evaluation(folder, found, named=evaluations is not None)
+        content["evaluations"] += entries
+        broken += outdated
     table, differences = flat(content)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,15 +132,16 @@ def read_run(folder: Path) -> dict:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         metrics, seconds, gpu_seconds = read_metrics(folder / "metrics.jsonl")
-        # Memory-mapped: of the weights nothing is read.
         state = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", mmap=True, weights_only=True)
         steps, planned = state["global_step"], config["trainer"]["max_steps"]
+        saved = [name for name in ("last", "best") if (folder / "checkpoints" / f"{name}.ckpt").exists()]
+        digests = [read_trained(folder, name)[0]["digest"] for name in saved]
     except FileNotFoundError as missing:
         raise UserError(f"{folder}: no {Path(missing.filename).name}") from None
     except Exception as error:  # yaml, json and torch raise whatever broken bytes lead to
         raise UserError(f"{folder}: cannot be read ({type(error).__name__})") from None
     return {"folder": folder, "config": config, "metrics": metrics, "seconds": seconds, "gpu_seconds": gpu_seconds,
-            "steps": steps, "planned": planned}  # fmt: skip
+            "steps": steps, "planned": planned, "digests": digests}  # fmt: skip
 
 
 def shown(metrics: dict) -> list[str]:
@@ -172,8 +176,10 @@ def conditions(runs: list[dict]) -> dict[str, list[str]]:
     return found
 
 
-def read_evaluation(folder: Path, runs: list[dict], named: bool) -> list[dict]:
+def read_evaluation(folder: Path, runs: list[dict], named: bool) -> tuple[list[dict], list[str]]:
     """What an evaluation says of the runs, an entry for each split: their rows, and their differences from the first.
+
+    Also a sentence for each run that was trained anew since: an evaluation knows runs by name and by their weights.
 
     Raises:
         UserError: it was asked for (`named`) and is no evaluation, or knows none of the runs.
@@ -185,12 +191,20 @@ def read_evaluation(folder: Path, runs: list[dict], named: bool) -> list[dict]:
     except (OSError, ValueError, KeyError) as error:
         if named:
             raise UserError(f"{folder} is no evaluation: its metrics.json cannot be read ({error})") from None
-        return []
-    known = [run for run in runs if run["folder"].name in models and _is_of(models[run["folder"].name], run)]
+        return [], []
+    listed = [run for run in runs if run["folder"].name in models]
+    known = [run for run in listed if models[run["folder"].name].get("digest") in run["digests"]]
+    outdated = [
+        f"the results of {run['folder'].name} in {folder}: they are those of other weights than {run['folder']} holds; "
+        "evaluate it again"
+        for run in listed
+        if run not in known
+    ]
     if not known:
         if named:
-            raise UserError(f"the evaluation {folder} knows none of the runs, but {', '.join(models)}")
-        return []
+            nothing = f"the evaluation {folder} knows none of the runs, but {', '.join(models)}"
+            raise UserError("; ".join([nothing, *outdated]))
+        return [], outdated
     names, entries = [run["folder"].name for run in known], []
     for split, result in splits.items():
         samples: dict[tuple[str, str], dict[str, dict]] = defaultdict(dict)
@@ -219,12 +233,7 @@ def read_evaluation(folder: Path, runs: list[dict], named: bool) -> list[dict]:
             | {"models": {name: models[name] for name in names}, "rows": shown, "differences": differences}
             | {"over_seeds": over_seeds}
         )
-    return entries
-
-
-def _is_of(model: dict, run: dict) -> bool:
-    """Runs of the same name in other folders are other runs."""
-    return "folder" not in model or Path(model["folder"]).resolve() == run["folder"].resolve()
+    return entries, outdated
 
 
 def _over_seeds(metric: str, a: str, runs_a: list[str], b: str, runs_b: list[str], chosen: dict) -> dict:

@@ -19,6 +19,8 @@ from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
+from cyclefit.data.read import expand_shards
+from cyclefit.digests import digest, digest_of_shards
 from cyclefit.evaluate.analyses import correlations, count_curve, difference, estimate, failures, gains, rank_curve
 from cyclefit.evaluate.common import (
     Rows,
@@ -87,7 +89,7 @@ def images(
         rerank_runs: rerank the finetuned models too, not only the base.
         max_new_tokens: length limit of captions.
         image_size: side of the reference images.
-        batch_size: prompts drawn together; no influence on the results.
+        batch_size: prompts whose N images are drawn together; no influence on the results.
         num_workers: processes that read images.
         limit: prompts of each split, all if not given.
         checkpoint: `last` or `best` of each run.
@@ -103,30 +105,37 @@ def images(
     if held_out is not None and len(scorers) == 1:
         raise UserError(f"the held-out scorer is {scorer.name}, as the scorer is: give another one, or none")
     models = load_models(generator, runs, checkpoint, "generator")
-    for model in (captioner, *scorers.values()):
-        half_on_gpu(freeze(model.to(device)))
     # All models draw as the base does, whatever their runs were validated with.
     sampling = {name: getattr(generator, name, None) for name in ("steps", "guidance_scale")}
+    # Taken before anything changes its precision. What is retrieved is chosen among all prompts.
+    common = {"seed": seed, "image_size": image_size, "max_new_tokens": max_new_tokens, "limit": limit, **sampling}
+    common |= {"captioner": digest(captioner), "scorer": digest(scorer), "held_out": held_out and digest(held_out)}
+    counts = {model: num_candidates if model == "base" or rerank_runs else 1 for model in models}
+    depends = {
+        model: common | {"generator": digest(network), "candidates": counts[model]}
+        for model, (network, _) in models.items()
+    }
+    for model in (captioner, *scorers.values()):
+        half_on_gpu(freeze(model.to(device)))
 
     tables, prompts = {}, {}
     for split, urls in shards.items():
-        stamp = {"shards": urls, "seed": seed, "candidates": num_candidates, "rerank_runs": rerank_runs, "limit": limit}
-        stamp |= {"scorer": scorer.name, "held_out": held_out.name if held_out is not None else None, **sampling}
-        stamp |= {
-            "image_size": image_size,
-            "max_new_tokens": max_new_tokens,
-            "models": {name: config.get("steps") for name, (_, config) in models.items()},
-        }
-        table = tables[split] = Rows(folder / f"candidates-{split}.jsonl", stamp, fabric)
+        source = {"images": digest_of_shards(expand_shards(urls))}
+        about = {"shards": urls, "scorer": scorer.name, "seed": seed} | source
+        path = folder / f"candidates-{split}.jsonl"
+        table = tables[split] = Rows(path, {name: source | own for name, own in depends.items()}, about, fabric)
         stream = evaluation_batches(
             urls, image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
         )
         prompts[split] = _read(folder, split, stream, scorers, fabric, limit)
         for model, (network, _) in models.items():
-            count = num_candidates if model == "base" or rerank_runs else 1
             half_on_gpu(freeze(network.to(device)))
             draw = partial(rerank_images, network, captioner, scorer, **sampling, max_new_tokens=max_new_tokens)
-            _evaluate(table, split, model, count, draw, captioner, scorers, prompts[split], batch_size, seed, fabric)
+            # As many images together whatever their number per prompt, for the seconds to compare.
+            together = max(1, batch_size * num_candidates // counts[model])
+            _evaluate(
+                table, split, model, counts[model], draw, captioner, scorers, prompts[split], together, seed, fabric
+            )
             network.to("cpu")
     fabric.barrier()
     if not fabric.is_global_zero:
@@ -224,6 +233,8 @@ def _evaluate(
     todo = [i for i in mine if keys[i] not in done]
     with progress_bar("images", fabric.global_rank) as progress:
         finished = count * (len(mine) - len(todo))
+        if todo:  # the first image warms up
+            draw([prompts.references[keys[todo[0]]][0]], [sample_seed(f"{keys[todo[0]]}/0", seed)])
         task = progress.add_task(f"{split}: {model}", total=count * len(mine), completed=finished)
         for start in range(0, len(todo), batch_size):
             drawn = [(i, k) for i in todo[start : start + batch_size] for k in range(count)]
@@ -231,7 +242,7 @@ def _evaluate(
             seeds = [sample_seed(f"{keys[i]}/{k}", seed) for i, k in drawn]
             made = draw(texts, seeds)
             metrics = _measure(made, texts, [i for i, _ in drawn], captioner, scorers, prompts)
-            seconds = {name: round(value / len(drawn), 5) for name, value in made.seconds.items()}
+            seconds = {name: round(value / len(drawn), 6) for name, value in made.seconds.items()}
             rows = [
                 {
                     "key": keys[i],
