@@ -51,7 +51,7 @@ def agreement(path: Path) -> None:
     rows = [row for row in of_images.values() if len(row) > 1]
     for name, tokenizer in (("ours", tokenize), ("Stanford's", theirs.__getitem__)):
         found = caption_metrics([row[0] for row in rows], [row[1:] for row in rows], tokenizer=tokenizer)
-        shown = [f"{metric} {100 * found[metric]:.4f}" for metric in ("BLEU-4", "CIDEr", "CIDEr-D")]
+        shown = [f"{metric} {found[metric]:.4f}" for metric in ("BLEU-4", "CIDEr", "CIDEr-D")]
         print(f"{name}: {', '.join(shown)}")
 
 

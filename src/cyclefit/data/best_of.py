@@ -171,7 +171,7 @@ def _described(folder: Path, split: str) -> dict:
 
 
 def _captioned(path: Path, best: dict, urls: list[str], captions: dict, met: set[str]) -> Iterator[Sample]:
-    """The samples of the shards, those with candidates captioned anew; `captions` are those of the evaluation, by key."""
+    """The samples of the shards, those with candidates captioned anew; `captions` are the evaluated ones, by key."""
     seen: list[str] = []
 
     for url in urls:

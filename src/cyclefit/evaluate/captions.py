@@ -436,7 +436,7 @@ def _verdict(models, results: dict) -> dict | None:
     said = []
     for decoding, name in (("nucleus", "one nucleus sample"), ("greedy", "one greedy caption")):
         row = rows[f"{cycles[0]} · {decoding}", f"{plain[0]} · {decoding}"]
-        gain, low, high = (f"{100 * row[k]:+.1f}" for k in ("value", "low", "high"))
+        gain, low, high = (f"{row[k]:+.1f}" for k in ("value", "low", "high"))
         said.append((row, f"{name} {gain} CIDEr (95 % interval {low} to {high})"))
     better, outcome = outcome_of(said[0][0])
     return {
@@ -470,12 +470,12 @@ def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners
 def _columns() -> dict[str, Callable[[dict], str]]:
     """The printed table: each column's text of a row."""
 
-    def percent(name: str) -> Callable[[dict], str]:
-        return lambda row: f"{100 * row['metrics'][name]['value']:.1f}"
+    def decimal(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{row['metrics'][name]['value']:.1f}"
 
     def cider(row: dict) -> str:
         c = row["metrics"]["CIDEr"]
-        return f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]"
+        return f"{c['value']:.1f} [{c['low']:.0f}, {c['high']:.0f}]"
 
     def similarity(row: dict) -> str:
         return f"{m['value']:.3f}" if (m := row["metrics"].get("image similarity")) else ""
@@ -487,8 +487,8 @@ def _columns() -> dict[str, Callable[[dict], str]]:
         "model": lambda row: row["model"],
         "decoding": decoding,
         "CIDEr [95 %]": cider,
-        "BLEU-4": percent("BLEU-4"),
-        "ROUGE-L": percent("ROUGE-L"),
+        "BLEU-4": decimal("BLEU-4"),
+        "ROUGE-L": decimal("ROUGE-L"),
         "words": lambda row: f"{row['metrics']['words']['value']:.1f}",
         "image sim.": similarity,
         "drawn": lambda row: f"{row['generator_calls']:.0f}",

@@ -281,7 +281,7 @@ def _measure(made: Drawings, texts: list[str], places: list[int], captioner, sco
         values[f"image similarity ({label})"] = (embedded * prompts.images[label][places]).sum(-1)
         values[f"image-text similarity ({label})"] = matched[:, 0]
         values[f"text similarity ({label})"] = (captions * prompts.texts[label][own]).sum(-1)
-        values |= {f"R@{k} ({label})": (rank < k).float() for k in (1, 5)}
+        values |= {f"R@{k} ({label})": 100 * (rank < k).float() for k in (1, 5)}
     return values
 
 
@@ -382,12 +382,9 @@ def _verdict(models, results: dict, scorers: list[str]) -> dict | None:
     a, b = f"{cycles[0]} · single", f"{plain[0]} · single"
     rows = {row["metric"]: row for row in result["differences"] if (row["a"], row["b"]) == (a, b)}
 
-    def said(metric: str, scale: int = 1) -> str:
-        places = 1 if scale == 100 else 3
+    def said(metric: str, places: int = 3) -> str:
         # 0.0 is added because a rounded -0.0 would read as a loss.
-        gain, low, high = (
-            f"{round(scale * rows[metric][k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high")
-        )
+        gain, low, high = (f"{round(rows[metric][k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high"))
         return f"{gain} (95 % interval {low} to {high})"
 
     *trained, judge = (f"image similarity ({label})" for label in scorers)
@@ -398,7 +395,7 @@ def _verdict(models, results: dict, scorers: list[str]) -> dict | None:
     return {
         "better": better,
         "sentence": f"{outcome}: {cycles[0]} against {plain[0]} on {result['num_images']} prompts of {split}, "
-        f"{similarity}; CIDEr of the image's caption {said('CIDEr', 100)}.",
+        f"{similarity}; CIDEr of the image's caption {said('CIDEr', 1)}.",
     }
 
 
@@ -426,12 +423,12 @@ def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen
 def _columns(scorers: list[str]) -> dict[str, Callable[[dict], str]]:
     """The printed table: each column's text of a row."""
 
-    def number(name: str, scale: int = 1, places: int = 3) -> Callable[[dict], str]:
-        return lambda row: f"{scale * row['metrics'][name]['value']:.{places}f}"
+    def number(name: str, places: int = 3) -> Callable[[dict], str]:
+        return lambda row: f"{row['metrics'][name]['value']:.{places}f}"
 
     def cider(row: dict) -> str:
         c = row["metrics"]["CIDEr"]
-        return f"{100 * c['value']:.1f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]"
+        return f"{c['value']:.1f} [{c['low']:.0f}, {c['high']:.0f}]"
 
     def image(row: dict) -> str:
         return row["selection"] if row["selection"] in ("single", "oracle") else f"best by {row['selection']}"
@@ -444,7 +441,7 @@ def _columns(scorers: list[str]) -> dict[str, Callable[[dict], str]]:
         f"image sim. ({label})": number(f"image similarity ({label})"),
         f"image-text sim. ({label})": number(f"image-text similarity ({label})"),
         "caption NLL": number("captioner NLL", places=2),
-        f"R@1 ({label})": number(f"R@1 ({label})", 100, 0),
+        f"R@1 ({label})": number(f"R@1 ({label})", places=0),
         "drawn": lambda row: f"{row['generator_calls']}",
         "denoised": lambda row: f"{row['denoiser_calls']}",
         "s": lambda row: f"{row['seconds']:.2f}",

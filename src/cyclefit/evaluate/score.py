@@ -23,6 +23,7 @@ from cyclefit.metrics.captions import (
     tokenize,
 )
 from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
+from cyclefit.report.figures import is_percentage
 from cyclefit.scorers import Scorer
 
 SHOWN = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "SPICE", "CLIPScore",
@@ -191,12 +192,11 @@ def _image(folder: Path, name: str | None, key: str) -> Path:
 
 
 def _print(result: dict) -> None:
-    metadata, table = result["metadata"], Table("metric", "score", "")
+    metadata, table = result["metadata"], Table("metric", "score", "note")
     for name in SHOWN:
         if name in result["corpus"]:
             value = result["corpus"][name]
-            raw = name in ("words", "distinct-1", "distinct-2", "CLIPScore", "RefCLIPScore", "self-BLEU")
-            table.add_row(name, f"{value:.3f}" if raw else f"{100 * value:.2f}", "" if raw else "x 100")
+            table.add_row(name, f"{value:.2f}" if is_percentage(name) else f"{value:.3f}", "")
         elif name in result["unavailable"]:
             table.add_row(name, "-", result["unavailable"][name])
     console = Console()

@@ -1,7 +1,7 @@
 """BLEU, ROUGE-L, CIDEr and CIDEr-D of captions, without Java and without torch.
 
-Every score is on the scale of pycocoevalcap: BLEU and ROUGE-L in [0, 1], CIDEr in [0, 10]. Tables multiply by
-100, as the field does: a CIDEr of 1.22 is "CIDEr 122".
+Every score is on the scale of the field's tables, 100 times pycocoevalcap's: BLEU and ROUGE-L in [0, 100], CIDEr in
+[0, 1000]. Its 1.22 is "CIDEr 122".
 """
 
 import json
@@ -185,13 +185,13 @@ class CaptionScorer:
     BLEU-1..4 and ROUGE-L are pycocoevalcap's (docs/metrics.md). With g^n(s) the tf-idf vector of the n-grams of s,
     idf = log(images) - log(max(1, document frequency)),
 
-        CIDEr(c, S)   = 10/4 sum_n mean_j  g^n(c) . g^n(s_j) / (|g^n(c)| |g^n(s_j)|)
-        CIDEr-D(c, S) = 10/4 sum_n mean_j  exp(-(l(c) - l(s_j))^2 / (2 * 6^2))
+        CIDEr(c, S)   = 1000/4 sum_n mean_j  g^n(c) . g^n(s_j) / (|g^n(c)| |g^n(s_j)|)
+        CIDEr-D(c, S) = 1000/4 sum_n mean_j  exp(-(l(c) - l(s_j))^2 / (2 * 6^2))
                                            min(g^n(c), g^n(s_j)) . g^n(s_j) / (|g^n(c)| |g^n(s_j)|)
 
     (Vedantam et al. 2015, arXiv 1411.5726). The factor 10, which the paper gives to CIDEr-D only, is on both,
-    as in the authors' code. The paper stems the words; their code does not, nor does this. CIDEr-D is what
-    pycocoevalcap and the COCO server call "CIDEr". CIDEr is in [0, 10], the others in [0, 1].
+    as in the authors' code, and 100 beside it. The paper stems the words; their code does not, nor does this. CIDEr-D
+    is what pycocoevalcap and the COCO server call "CIDEr". Both are in [0, 1000], the others in [0, 100].
 
     Without `document_frequencies` they are those of `references`: CIDEr is 0 for a single image and
     unstable on tiny sets (a warning below 20 images). `tokenizer` maps a caption to words joined by spaces;
@@ -312,7 +312,7 @@ class CaptionScorer:
             for own, i, j in zip(lengths.tolist(), first, last, strict=True)
         ]
         counts = np.concatenate([correct, possible, np.stack([lengths, closest], axis=1)], axis=1)
-        return cider * 10 / (MAX_ORDER * (last - first)), counts
+        return cider * 1000 / (MAX_ORDER * (last - first)), counts
 
     def _idf(self, tables: list[np.ndarray], words: dict[str, int]) -> list[np.ndarray]:
         log_images = math.log(self.document_frequencies.images)
@@ -350,7 +350,7 @@ class CaptionScorer:
             precision, recall = max(precision, length / len(own)), max(recall, length / len(other))
         if not precision:
             return 0.0
-        return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
+        return 100 * (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
 
     def describe(self) -> dict[str, str]:
         """What these scores depend on, for the head of a table: tokenizer and document frequencies."""
@@ -388,12 +388,13 @@ def _ngram_counts(
 
 
 def bleu(counts: np.ndarray) -> np.ndarray:
-    """BLEU-1..4 (..., 4) of a sentence's counts (..., 10), or of their sum over a corpus (Papineni et al. 2002)."""
+    """BLEU-1..4 (..., 4), in [0, 100], of a sentence's counts (..., 10), or of a corpus' sum (Papineni et al. 2002)."""
     correct, possible, words, closest = np.split(counts, (4, 8, 9), axis=-1)
     # pycocoevalcap's small numbers.
     precision = (correct + 1e-15) / (possible + 1e-9)
     ratio = (words + 1e-15) / (closest + 1e-9)
-    return np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_ORDER + 1)) * np.exp(np.minimum(0, 1 - 1 / ratio))
+    brevity = np.exp(np.minimum(0, 1 - 1 / ratio))
+    return 100 * np.cumprod(precision, axis=-1) ** (1 / np.arange(1, MAX_ORDER + 1)) * brevity
 
 
 def describe(

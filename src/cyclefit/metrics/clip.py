@@ -35,7 +35,7 @@ def clip_scores(
 def retrieval(
     queries: Float[Tensor, "n d"], gallery: Float[Tensor, "m d"], own: Int[Tensor, "n"]
 ) -> dict[str, Float[Tensor, "n"]]:
-    """R@1, R@5 and R@10: 1 where fewer than k of the gallery are more similar to a query than its own, else 0.
+    """R@1, R@5 and R@10: 100 where fewer than k of the gallery are more similar to a query than its own, else 0.
 
     Unit-length embeddings; `own` is each query's place in the gallery.
     """
@@ -43,4 +43,4 @@ def retrieval(
     for part, at in zip(queries.split(4096), own.split(4096), strict=True):
         similarities = part @ gallery.T
         ahead.append((similarities > similarities.gather(1, at[:, None])).sum(1))
-    return {f"R@{k}": (torch.cat(ahead) < k).float() for k in (1, 5, 10)}
+    return {f"R@{k}": 100 * (torch.cat(ahead) < k).float() for k in (1, 5, 10)}

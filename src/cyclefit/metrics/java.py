@@ -70,7 +70,7 @@ class Java:
     def meteor(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]], corpora: Sequence[Sequence[int]]
     ) -> tuple[list[float], np.ndarray]:
-        """METEOR 1.5 (Denkowski and Lavie 2014), in [0, 1], of tokenized captions: of corpora and of each candidate.
+        """METEOR 1.5 (Denkowski and Lavie 2014), in [0, 100], of tokenized captions: of corpora and of each candidate.
 
         A corpus is a list of places in `candidates`; its score is made of its counts, and is no mean.
         """
@@ -89,10 +89,10 @@ class Java:
         if len(said) != sum(len(places) + 1 for places in wanted):
             raise Unavailable(f"METEOR gave {len(said)} scores for {len(asked)} captions")
         ends = np.cumsum([len(places) + 1 for places in wanted]) - 1
-        return [said[end] for end in ends[1:]], np.array(said[: len(asked)])
+        return [100 * said[end] for end in ends[1:]], 100 * np.array(said[: len(asked)])
 
     def spice(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, np.ndarray]:
-        """SPICE 1.0 (Anderson et al., ECCV 2016) of a corpus and of each candidate: F of scene graphs, in [0, 1]."""
+        """SPICE 1.0 (Anderson et al., ECCV 2016) of a corpus and of each candidate: F of scene graphs, in [0, 100]."""
         folder = _jars("spice")
         corenlp = [(self.corenlp or cache_folder() / CORENLP) / name for name in CORENLP_JARS]
         if missing := [path for path in corenlp if not path.is_file()]:
@@ -110,7 +110,8 @@ class Java:
             command = ["-cp", os.pathsep.join(map(str, jars)), "edu.anu.spice.SpiceScorer", asked, "-cache", cache]
             self._run("SPICE", [*command, "-out", answered, "-subset", "-silent"], Path(scratch), "", "8G")
             results = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(answered.read_text())}
-        scores = np.array([float("nan") if results[i] is None else results[i] for i in range(len(candidates))], float)
+        found = [float("nan") if results[i] is None else results[i] for i in range(len(candidates))]
+        scores = 100 * np.array(found, float)
         return float(scores.mean()), scores
 
     def _run(self, name: str, command: list, folder: Path, text: str, heap: str) -> str:

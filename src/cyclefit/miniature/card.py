@@ -79,7 +79,7 @@ def quality(folder: Path, probe: Probe, seed: int) -> dict[str, float]:
 
     captioner = Blip(str(folder / "blip"))
     greedy = [row[0] for row in captioner.sample(images, Decoding(), list(range(len(images))))]
-    result["captioner_greedy_cider"] = 100 * caption_metrics(greedy, references)["CIDEr"]
+    result["captioner_greedy_cider"] = caption_metrics(greedy, references)["CIDEr"]
     return {name: round(float(value), 4) for name, value in result.items()}
 
 

@@ -123,7 +123,7 @@ def per_image(captioner, split: Path, samples: int = 4) -> dict[str, dict[str, l
     scorer, result = CaptionScorer(references), {}
     for name, rows in texts.items():
         flat, images = zip(*[(text, i) for i, row in enumerate(rows) for text in row], strict=True)
-        cider = 100 * scorer.score(list(flat), list(images))["CIDEr"].reshape(len(rows), -1).mean(1)
+        cider = scorer.score(list(flat), list(images))["CIDEr"].reshape(len(rows), -1).mean(1)
         words = [np.mean([len(text.split()) for text in row]) for row in rows]
         result[name] = {"CIDEr": cider.round(4).tolist(), "words": words}
     return result
@@ -203,7 +203,7 @@ def reranked(candidates: Path, judge: str = "image cycle") -> list[float]:
     for row in map(json.loads, candidates.read_text().splitlines()):
         if row["model"] == "base" and row["decoding"] == "nucleus":
             rows.setdefault(row["key"], []).append(row)
-    return [100 * max(pool, key=lambda row: row["scores"][judge])["metrics"]["CIDEr"] for pool in rows.values()]
+    return [max(pool, key=lambda row: row["scores"][judge])["metrics"]["CIDEr"] for pool in rows.values()]
 
 
 def tabulate(study: dict, seeds: int) -> str:
@@ -256,7 +256,7 @@ def tabulate_reranking(metrics: dict) -> str:
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for split, result in metrics["splits"].items():
         for row in (row for row in result["rows"] if row["model"] == "base"):
-            cider = {k: 100 * v for k, v in row["metrics"]["CIDEr"].items()}
+            cider = row["metrics"]["CIDEr"]
             words = row["metrics"]["words"]["value"]
             single = row["selection"] == "single"
             lines.append(
@@ -267,7 +267,7 @@ def tabulate_reranking(metrics: dict) -> str:
     lines += ["", "CIDEr by rank:", ""]
     for split, result in metrics["splits"].items():
         for curve in (curve for curve in result["rank_curves"] if curve["model"] == "base"):
-            values = " ".join(f"{100 * point['value']:.0f}" for point in curve["values"])
+            values = " ".join(f"{point['value']:.0f}" for point in curve["values"])
             lines.append(f"- {split}, {curve['selection']}: {values}")
     return "\n".join(lines) + "\n"
 

@@ -94,7 +94,7 @@ def main() -> None:
     found = measured(choice, "validation")
     choices: dict[str, dict[float, float]] = {}
     for (name, weight), run in zip(grid, tried, strict=True):
-        choices.setdefault(name, {})[weight] = float(100 * found[run.name]["CIDEr"].mean())
+        choices.setdefault(name, {})[weight] = float(found[run.name]["CIDEr"].mean())
     weights |= {name: max(values, key=values.get) for name, values in choices.items()}
 
     pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]

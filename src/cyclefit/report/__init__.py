@@ -232,7 +232,7 @@ def _write_analyses(folder: Path, split: str, content: dict) -> None:
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:
-    from cyclefit.report.figures import metric_names, scale
+    from cyclefit.report.figures import metric_names
 
     metrics = metric_names(rows)
     costs = ("generator_calls", "denoiser_calls", "seconds")
@@ -245,5 +245,5 @@ def _write_table(path: Path, rows: list[dict]) -> None:
             for metric in metrics:
                 entry = row["metrics"].get(metric, {})
                 values = (entry.get(name) for name in ("value", "low", "high"))
-                cells += ["" if v is None else f"{v * scale(metric):.8g}" for v in values]
+                cells += ["" if v is None else f"{v:.8g}" for v in values]
             table.writerow(cells + [row.get(name, "") for name in costs])

@@ -28,9 +28,9 @@ SCORES = {
 """What an axis calls a score."""
 
 
-def scale(metric: str) -> int:
-    """The factor between a raw metric and what is shown: 100 for caption metrics and recall, as papers print them."""
-    return 100 if metric.startswith(("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@")) else 1
+def is_percentage(metric: str) -> bool:
+    """Whether a metric is on the scale of 100 that papers print, and written with one decimal."""
+    return metric.startswith(("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@", "self-BLEU"))
 
 
 def metric_names(rows: list[dict]) -> list[str]:
@@ -116,10 +116,6 @@ def _axes(height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.add_subplot()
 
 
-def _unit(metric: str) -> str:
-    return f"{metric} (\N{MULTIPLICATION SIGN} 100)" if scale(metric) == 100 else metric
-
-
 def _shorten(name: str, length: int = 30) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
@@ -138,8 +134,8 @@ def comparison(rows: list[dict], metric: str, models: dict[str, dict]) -> "Figur
         for row in group:
             y += 1
             entry = row["metrics"][metric]
-            value = entry["value"] * scale(metric)
-            low, high = (entry[side] * scale(metric) if entry.get(side) is not None else value
+            value = entry["value"]
+            low, high = (entry[side] if entry.get(side) is not None else value
                          for side in ("low", "high"))  # fmt: skip
             axes.plot([low, high], [y, y], color=color(model), linewidth=1.6, solid_capstyle="round")
             axes.plot(
@@ -163,7 +159,7 @@ def comparison(rows: list[dict], metric: str, models: dict[str, dict]) -> "Figur
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(y - 0.5, -0.8)
-    axes.set_xlabel(_unit(metric))
+    axes.set_xlabel(metric)
     return figure
 
 
@@ -179,12 +175,12 @@ def rank_curves(curves: list[dict], rows: list[dict], metric: str, selection: st
         model = models[curve["model"]]
         style = {"color": color(model), "linewidth": 1.6}
         rank = [entry["rank"] for entry in entries]
-        value = np.array([entry["value"] for entry in entries]) * scale(metric)
+        value = np.array([entry["value"] for entry in entries])
         if all(entry.get("low") is not None and entry.get("high") is not None for entry in entries):
-            low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("low", "high"))
+            low, high = (np.array([entry[side] for entry in entries]) for side in ("low", "high"))
             axes.fill_between(rank, low, high, color=color(model), alpha=0.16, linewidth=0)
         if len(curves) == 1 and all("q1" in entry for entry in entries):
-            low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("q1", "q3"))
+            low, high = (np.array([entry[side] for entry in entries]) for side in ("q1", "q3"))
             axes.fill_between(rank, low, high, color=color(model), alpha=0.09, linewidth=0)
         marker = MARKERS[model["color_index"] % len(MARKERS)]
         axes.plot(rank, value, marker + "-", markersize=4, label=_shorten(curve["model"], 24), **style)
@@ -192,7 +188,7 @@ def rank_curves(curves: list[dict], rows: list[dict], metric: str, selection: st
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
     axes.set_xlabel(f"rank by {selection} (1 = kept)")
-    axes.set_ylabel(_unit(metric))
+    axes.set_ylabel(metric)
     figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.4)
     return figure
 
@@ -203,7 +199,7 @@ def _single(rows: list[dict], model: str, metric: str, otherwise: float) -> floa
         sampled = row["selection"] == "single" and row["decoding"] not in ("greedy", "beam")
         value = row["metrics"].get(metric, {}).get("value")
         if row["model"] == model and sampled and value is not None:
-            return value * scale(metric)
+            return value
     return otherwise
 
 
@@ -215,8 +211,8 @@ def count_curves(curves: list[dict], metric: str, model: dict) -> "Figure":
     for place, curve in enumerate(curves):
         entries = [entry for entry in curve["values"] if entry["value"] is not None]
         counts = [entry["n"] for entry in entries]
-        value = np.array([entry["value"] for entry in entries]) * scale(metric)
-        low, high = (np.array([entry[side] for entry in entries]) * scale(metric) for side in ("low", "high"))
+        value = np.array([entry["value"] for entry in entries])
+        low, high = (np.array([entry[side] for entry in entries]) for side in ("low", "high"))
         bound = curve["selection"] == "oracle"
         shade = MUTED if bound else PALETTE[place % len(PALETTE)]
         axes.fill_between(counts, low, high, color=shade, alpha=0.12, linewidth=0)
@@ -231,7 +227,7 @@ def count_curves(curves: list[dict], metric: str, model: dict) -> "Figure":
     axes.set_xticks(sorted({entry["n"] for curve in curves for entry in curve["values"]}))
     axes.grid(axis="x", visible=False)
     axes.set_xlabel("candidates chosen from")
-    axes.set_ylabel(_unit(metric))
+    axes.set_ylabel(metric)
     figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, columnspacing=1.4)
     return figure
 
@@ -284,7 +280,7 @@ def score_boxes(
     """Quality in bins of the score, arXiv 2212.12249 Figure 4: quartiles, 5th and 95th percentile, mean."""
     figure, axes = _axes(2.7)
     at = np.arange(1, len(bins) + 1)
-    values = [value * scale(metric) for _, value in bins]
+    values = [value for _, value in bins]
     line = {"color": color(model), "linewidth": 1}
     axes.boxplot(
         values,
@@ -302,8 +298,8 @@ def score_boxes(
     axes.plot(at, means, "o-", color=INK, linewidth=1.2, markersize=3.5, label="mean")
     axes.set_xticks(at, [f"{center:.3g}" for center, _ in bins])
     axes.grid(axis="x", visible=False)
-    axes.set_ylim(min(0, *(float(value.min()) for value in values)), top * scale(metric))
+    axes.set_ylim(min(0, *(float(value.min()) for value in values)), top)
     axes.set_title(_shorten(name))
     axes.set_xlabel(SCORES.get(score, score))
-    axes.set_ylabel(_unit(metric))
+    axes.set_ylabel(metric)
     return figure

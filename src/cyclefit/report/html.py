@@ -19,10 +19,10 @@ from cyclefit import UserError
 from cyclefit.report.figures import (
     comparison,
     count_curves,
+    is_percentage,
     metric_names,
     rank_curves,
     render,
-    scale,
     score_bins,
     score_boxes,
     sorted_rows,
@@ -608,7 +608,7 @@ def _gallery(evaluation: Evaluation, split: str, figure: Callable[..., str], bud
     } | {name: text for name, text in FAILURES.items() if any(name in failed.get(key, ()) for key in keys)}
     controls = [
         _select("show", "show", shows),
-        _select("metric", "by", {name: name for name in ([metric, *metrics] if metric else [""])}, scaled=True),
+        _select("metric", "by", {name: name for name in ([metric, *metrics] if metric else [""])}),
         _select("model", "model", {"": "all models", **{name: name for name in present}}),
         _select("score", "candidates by", {name: name for name in ([score, *scores] if score else [""])}),
     ]
@@ -639,11 +639,14 @@ def _gallery(evaluation: Evaluation, split: str, figure: Callable[..., str], bud
     )
 
 
-def _select(name: str, label: str, options: dict[str, str], scaled: bool = False) -> str:
+def _places(metric: str | None) -> int:
+    """Decimals of one candidate's metric."""
+    return 0 if is_percentage(metric or "") else 2
+
+
+def _select(name: str, label: str, options: dict[str, str]) -> str:
     items = "".join(
-        f'<option value="{escape(value)}"'
-        + (f' data-scale="{scale(value)}"' if scaled else "")
-        + f">{escape(text or NONE)}</option>"
+        f'<option value="{escape(value)}" data-places="{_places(value)}">{escape(text or NONE)}</option>'
         for value, text in options.items()
     )
     # A browser restores choices on reload but not the order they had made.
@@ -736,8 +739,7 @@ def _candidate(
     scores = [name for name in dict.fromkeys([score, *also]) if name in row["scores"]]
     shown = [f"{names.get(name, name)} {short(row['scores'][name])}" for name in scores]
     if metric in row["metrics"]:
-        places = 0 if scale(metric) == 100 else 2
-        shown.append(f"{metric} {number(row['metrics'][metric], metric, places)}")
+        shown.append(f"{metric} {number(row['metrics'][metric], metric, _places(metric))}")
     return (
         f'<li class="{style}" data-numbers="{escape(json.dumps(numbers))}"><div class="tag">{escape(tag)}</div>'
         f"{images.element(row.get('image'), row['caption'])}"

@@ -45,7 +45,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   });
   const update = () => {
     const { show, metric, model, score } = Object.fromEntries(new FormData(controls));
-    const factor = Number(controls.elements.metric.selectedOptions[0]?.dataset.scale ?? 1);
+    const places = Number(controls.elements.metric.selectedOptions[0]?.dataset.places ?? 2);
     const measure = (card) => {
       const all = card.values[metric] ?? {};
       const values = model ? (model in all ? [all[model]] : []) : Object.values(all);
@@ -71,7 +71,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
           for (const name of new Set([score, ...item.numbers.also])) {
             if (name in item.numbers.scores) parts.push(`${item.numbers.names[name] ?? name} ${short(item.numbers.scores[name])}`);
           }
-          if (metric in item.numbers.metrics) parts.push(`${metric} ${(factor * item.numbers.metrics[metric]).toFixed(factor === 1 ? 2 : 0)}`);
+          if (metric in item.numbers.metrics) parts.push(`${metric} ${item.numbers.metrics[metric].toFixed(places)}`);
           item.querySelector(".values").textContent = parts.join("\n");
         });
         if (!score) continue;

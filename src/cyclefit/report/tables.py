@@ -3,18 +3,17 @@
 import math
 from html import escape
 
-from cyclefit.report.figures import THEME, color, metric_names, scale
+from cyclefit.report.figures import THEME, color, is_percentage, metric_names
 
 NO_DIRECTION = {"words", "length"}
 LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU"}
-NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 def number(value: float | None, metric: str = "", places: int | None = None) -> str:
     """A metric's value as the page writes it."""
     if value is None or not math.isfinite(value):
         return NONE
-    value *= scale(metric)
     if places is None:
         places = decimals(metric, value)
     return f"{value:.{places}f}".replace("-", MINUS)
@@ -22,7 +21,7 @@ def number(value: float | None, metric: str = "", places: int | None = None) -> 
 
 def decimals(metric: str, value: float) -> int:
     """How many the metric is written with."""
-    return 1 if scale(metric) == 100 or metric in NO_DIRECTION or abs(value) >= 10 else 3
+    return 1 if is_percentage(metric) or metric in NO_DIRECTION or abs(value) >= 10 else 3
 
 
 def limits(entry: dict, metric: str) -> tuple[str, str] | None:
@@ -30,7 +29,7 @@ def limits(entry: dict, metric: str) -> tuple[str, str] | None:
     low, high = entry.get("low"), entry.get("high")
     if low is None or high is None:
         return None
-    places = 0 if (high - low) * scale(metric) >= 10 else decimals(metric, high)
+    places = 0 if high - low >= 10 else decimals(metric, high)
     return number(low, metric, places), number(high, metric, places)
 
 
@@ -75,7 +74,7 @@ def reading(difference: dict) -> str:
     else:
         flipped = {"low": -difference["high"], "high": -difference["low"]} if value < 0 else difference
         interval = "95% interval {} to {}".format(*limits(flipped, metric))
-        wide = (difference["high"] - difference["low"]) * scale(metric) >= 10
+        wide = difference["high"] - difference["low"] >= 10
         size = number(abs(value), metric, 0 if wide else None)
     if metric in NO_DIRECTION:
         return f"{a} has {size} {'more' if value > 0 else 'fewer'} {metric} than {b}, {interval}{under}."
@@ -132,10 +131,8 @@ def main_table(
     groups: dict[str, list[str]] = {"": []}
     for metric in metric_names(rows):
         groups.setdefault(_scorer(metric), []).append(metric)
-    scaled = list(dict.fromkeys(m.split(" (")[0] for metrics in groups.values() for m in metrics if scale(m) == 100))
     how = "How to read this: brackets hold the 95% interval; the best value of each metric is bold"
     how += ", oracle rows (italic) aside, which choose with the references in hand. "
-    how += f"{', '.join(scaled)} are shown {TIMES} 100. " if scaled else ""
     how += f"Calls and seconds are per {item}. " if costs else ""
     how += "A click on a header sorts."
     parts = [f'<p class="how">{escape(how)} The same numbers: <code>{escape(file or f"table-{split}.csv")}</code>.</p>']
@@ -234,7 +231,7 @@ def trends_table(curves: list[dict]) -> str:
         entry, metric = curve["trend"], curve["metric"]
         cells = [f'<td class="name">{escape(curve[name])}</td>' for name in ("model", "selection", "metric")]
         lines.append(
-            f"<tr>{''.join(cells)}{_signed(entry, metric, 2 if scale(metric) == 100 else 4)}{_chance(entry['p'])}</tr>"
+            f"<tr>{''.join(cells)}{_signed(entry, metric, 2 if is_percentage(metric) else 4)}{_chance(entry['p'])}</tr>"
         )
     if not lines:
         return ""
@@ -271,7 +268,7 @@ def _signed(entry: dict, metric: str, places: int | None = None) -> str:
     if bounds := limits(entry, metric):
         low, high = bounds if places is None else (number(entry[k], metric, places) for k in ("low", "high"))
         text += f"<small>[{low}, {high}]</small>"
-    return cell(value * scale(metric), text)
+    return cell(value, text)
 
 
 def _percent(ratio: float | None) -> str:
