@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from cyclefit import UserError, cli, evaluate
 from cyclefit.evaluate.compare import conditions, differences, read_metrics
@@ -54,6 +55,14 @@ def compare(folder, tmp_path, monkeypatch):
         return tmp_path / out
 
     return run
+
+
+def retrained(run):
+    """Changes the weights of a run, and neither its name nor its number of steps."""
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)
+        state["state_dict"] = {name: tensor + 0.05 for name, tensor in state["state_dict"].items()}
+        torch.save(state, path)
 
 
 def read(path):
@@ -105,9 +114,9 @@ def test_the_same_numbers_on_disk_in_the_page_and_in_wandb(folder, compare):
     by_name = {(row["metric"], f"{row['a']} · {row['decoding']}"): row for row in written}
     for cells in shown:
         row = by_name[cells[0], cells[1]]
-        scale = 100 if cells[0].startswith(("CIDEr", "BLEU", "ROUGE", "R@")) else 1
         value = float(cells[3].split("[")[0].replace("\u2212", "-"))
-        assert value == pytest.approx(scale * float(row["value"]), abs=0.051 if scale == 100 else 0.00051)
+        places = 1 if cells[0].startswith(("CIDEr", "BLEU", "ROUGE", "R@")) else 3
+        assert value == pytest.approx(float(row["value"]), abs=0.51 * 10**-places)
 
     media = {path.name.split("_")[0]: json.loads(path.read_text()) for path in out.glob("wandb/**/media/table/*.json")}
     for name, path in (("runs", "comparison.csv"), ("differences", "differences.csv")):
@@ -152,11 +161,31 @@ def test_runs_that_cannot_be_compared_are_named(folder, compare, tmp_path, capsy
         with pytest.raises(UserError, match=sentence):
             compare(arguments[0], more=arguments[1:])
     shutil.copytree(folder / "plain", tmp_path / "plain")
-    # A run of that name elsewhere is not the one that was evaluated.
-    with pytest.raises(UserError, match="knows none of the runs, but base, plain, cycle-0, cycle-1"):
+    retrained(tmp_path / "plain")
+    # A run of that name with other weights is not the one that was evaluated.
+    with pytest.raises(
+        UserError, match=r"knows none of the runs, but base, plain, .*other weights .* evaluate it again"
+    ):
         compare(str(tmp_path / "plain"), more=[f"--evaluations=['{folder / 'evaluation'}']"])
     with pytest.raises(UserError, match="two runs are called plain"):
         compare("plain", str(tmp_path / "plain"))
+
+
+def test_evaluations_are_found_beside_moved_runs_and_know_them_by_their_weights(folder, compare, tmp_path, capsys):
+    moved = tmp_path / "archive" / "of last year"
+    shutil.copytree(folder, moved)
+    names = [str(moved / name) for name in ("plain", "cycle-0")]
+    expected = read(compare("plain", "cycle-0") / "differences.csv")
+    found = read(compare(*names, out="moved") / "differences.csv")
+    assert found
+    assert [row["value"] for row in found] == [row["value"] for row in expected]
+    retrained(moved / "cycle-0")
+    capsys.readouterr()
+    out = compare(*names, out="retrained")
+    said = capsys.readouterr().out
+    assert re.search(r"left out: the results of cycle-0 in .*evaluation: they are those of other weights", said)
+    assert "captions test greedy CIDEr" in read(out / "comparison.csv")[0]
+    assert not json.loads((out / "comparison.json").read_text())["evaluations"][0]["differences"]
 
 
 @needs_browser

@@ -93,10 +93,10 @@ def test_published_scores():
         expected = expected | {"CIDEr-D": expected.get("CIDEr(pycocoevalcap, = CIDEr-D form)", expected.get("CIDEr-D"))}
         for ours, theirs in published.items():
             if theirs in expected:
-                assert metrics[ours] == pytest.approx(expected[theirs], abs=5.1e-5), (example["name"], ours)
+                assert metrics[ours] == pytest.approx(100 * expected[theirs], abs=5.1e-3), (example["name"], ours)
                 compared += 1
         if "CIDEr-D per item" in expected:
-            assert caption_scores(*pairs)["CIDEr-D"] == pytest.approx(expected["CIDEr-D per item"], abs=1e-4)
+            assert caption_scores(*pairs)["CIDEr-D"] / 100 == pytest.approx(expected["CIDEr-D per item"], abs=1e-4)
     assert compared == 14
 
 
@@ -105,7 +105,7 @@ def test_corpus_scores_of_java_tokens():
     items = data["items"]
     metrics = caption_metrics([i["candidate"] for i in items], [i["references"] for i in items])
     for ours, theirs in PYCOCOEVALCAP.items():
-        assert metrics[ours] == pytest.approx(data["scores"][theirs], abs=1e-12), ours
+        assert metrics[ours] == pytest.approx(100 * data["scores"][theirs], abs=1e-10), ours
 
 
 def test_cider_d_equals_pycocoevalcap():
@@ -115,31 +115,33 @@ def test_cider_d_equals_pycocoevalcap():
             dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
         )
         scores = caption_scores(candidates, references, tokenizer=str)["CIDEr-D"]
-        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
-        assert scores.std() > 0.1
-        assert caption_metrics(candidates, references, tokenizer=str)["CIDEr-D"] == pytest.approx(corpus, abs=1e-9)
+        np.testing.assert_allclose(scores / 100, expected, rtol=0, atol=1e-9)
+        assert scores.std() > 10
+        assert caption_metrics(candidates, references, tokenizer=str)["CIDEr-D"] == pytest.approx(
+            100 * corpus, abs=1e-7
+        )
 
 
 def test_plain_cider_by_hand():
     # log2 idf: red 2, every other n-gram 4. "red cat sat" and "red cat ran" share (2, 4) of (2, 4, 4) and one
-    # of two bigrams: 10/4 (20/36 + 1/2).
+    # of two bigrams: 1000/4 (20/36 + 1/2).
     frequencies = DocumentFrequencies({("red",): 4}, 16)
     scorer = CaptionScorer([["red cat ran"], ["cat dog"], ["red", "cat"]], document_frequencies=frequencies)
     scores = scorer.score(["red cat sat", "cat cat", "cat", "cat"], [0, 1, 1, 2])
     # "cat cat": (2, 0) . (1, 1) / (2 sqrt 2), clipped to half of it. "cat": 1 / sqrt 2, one word shorter.
     # Against two references: the mean of 0 and 1 over both.
     root = 2**-0.5
-    np.testing.assert_allclose(scores["CIDEr"], 2.5 * np.array([20 / 36 + 0.5, root, root, 0.5]))
+    np.testing.assert_allclose(scores["CIDEr"], 250 * np.array([20 / 36 + 0.5, root, root, 0.5]))
     penalty = np.exp(-1 / 72)
-    np.testing.assert_allclose(scores["CIDEr-D"], 2.5 * np.array([20 / 36 + 0.5, root / 2, root * penalty, 0.5]))
+    np.testing.assert_allclose(scores["CIDEr-D"], 250 * np.array([20 / 36 + 0.5, root / 2, root * penalty, 0.5]))
 
 
-def test_cider_of_a_reference_is_ten():
+def test_cider_of_a_reference_is_a_thousand():
     _, references = random_captions(30)
     references = [[f"{captions[0]} some thing of four words {i}"] for i, captions in enumerate(references)]
     scores = CaptionScorer(references).score([captions[0] for captions in references])
-    np.testing.assert_allclose(scores["CIDEr"], 10)
-    np.testing.assert_allclose(scores["CIDEr-D"], 10)
+    np.testing.assert_allclose(scores["CIDEr"], 1000)
+    np.testing.assert_allclose(scores["CIDEr-D"], 1000)
 
 
 def test_many_candidates_per_image_are_cheap():

@@ -92,10 +92,10 @@ def write_evaluation(
                         "decoding": decoding,
                         "selection": chosen,
                         "metrics": {
-                            "CIDEr": estimate(value, 0.12),
-                            "CIDEr-D": estimate(value * 0.9, 0.11),
-                            "BLEU-4": estimate(value / 5, 0.011),
-                            "ROUGE-L": estimate(value / 3, 0.02),
+                            "CIDEr": estimate(100 * value, 12),
+                            "CIDEr-D": estimate(value * 90, 11),
+                            "BLEU-4": estimate(20 * value, 1.1),
+                            "ROUGE-L": estimate(33 * value, 2),
                             "words": estimate(8.0 + m, 0.2),
                             "image similarity": estimate(0.7 + 0.03 * m, 0.01),
                         },
@@ -112,13 +112,13 @@ def write_evaluation(
                 {
                     "metric": "CIDEr",
                     **pair,
-                    "value": 0.412,
-                    "low": 0.33,
-                    "high": 0.5,
+                    "value": 41.2,
+                    "low": 33.0,
+                    "high": 50.0,
                     "p": 0.0004,
                     "relative": 0.2,
                 },
-                {"metric": "BLEU-4", **pair, **estimate(0.002, 0.01), "p": 0.41, "relative": 0.01},
+                {"metric": "BLEU-4", **pair, **estimate(0.2, 1.0), "p": 0.41, "relative": 0.01},
                 {"metric": "words", **pair, **estimate(-1.2, 0.2), "p": 0.001, "relative": -0.1},
             ],
             "rank_curves": [
@@ -127,7 +127,7 @@ def write_evaluation(
                     "selection": selection,
                     "metric": "CIDEr",
                     "values": [
-                        estimate(1.5 + 0.2 * m - 0.5 * (rank - 1) / samples, 0.1, rank=rank)
+                        estimate(150 + 20 * m - 50 * (rank - 1) / samples, 10, rank=rank)
                         for rank in range(1, samples + 1)
                     ],
                 }
@@ -156,8 +156,8 @@ def write_evaluation(
                             "denoising": -similarity * rng.uniform(0.1, 0.3),
                         },
                         "metrics": {
-                            "CIDEr": float(2.5 * similarity * rng.uniform(0.2, 1)),
-                            "BLEU-4": float(rng.uniform(0, 1)),
+                            "CIDEr": float(250 * similarity * rng.uniform(0.2, 1)),
+                            "BLEU-4": float(rng.uniform(0, 100)),
                         },
                         "image": image,
                     }
@@ -292,16 +292,16 @@ def test_tables_show_the_numbers_of_the_json(evaluation):
         for shown, row in zip(table[1:], split["rows"], strict=True):
             assert shown[:3] == [row["model"], row["decoding"], row["selection"]]
             for metric, entry in row["metrics"].items():
-                scale, places = (1, 3) if "sim" in metric else (1, 1) if metric == "words" else (100, 1)
+                places = 3 if "sim" in metric else 1
                 value, low, high = (float(n) for n in re.findall(r"[\d.]+", shown[header.index(metric)]))
-                assert value == round(entry["value"] * scale, places)
+                assert value == round(entry["value"], places)
                 for bound, side in ((low, "low"), (high, "high")):
-                    assert bound == pytest.approx(entry[side] * scale, abs=0.51 if scale == 100 else 0.051)
+                    assert bound == pytest.approx(entry[side], abs=0.51 if places == 1 else 0.051)
             assert float(shown[header.index("denoiser calls")]) == row["denoiser_calls"]
     with (folder / "table-test.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     row = results["splits"]["test"]["rows"][5]
-    assert float(written[5]["CIDEr low"]) == pytest.approx(100 * row["metrics"]["CIDEr"]["low"])
+    assert float(written[5]["CIDEr low"]) == pytest.approx(row["metrics"]["CIDEr"]["low"])
     assert written[5]["selection"] == row["selection"]
 
 
@@ -314,11 +314,11 @@ def test_best_value_is_bold_and_never_the_oracle(evaluation):
 
 def test_differences_are_read_out():
     difference = {"metric": "CIDEr", "a": "cycle · greedy", "b": "plain · greedy"}
-    better = {**difference, "value": 0.412, "low": 0.33, "high": 0.5}
+    better = {**difference, "value": 41.2, "low": 33, "high": 50}
     assert reading(better) == "cycle beats plain by 41 CIDEr, 95% interval 33 to 50 (greedy)."
-    worse = {**difference, "b": "base", "value": -0.412, "low": -0.5, "high": -0.33}
+    worse = {**difference, "b": "base", "value": -41.2, "low": -50, "high": -33}
     assert reading(worse) == "cycle · greedy falls behind base by 41 CIDEr, 95% interval 33 to 50."
-    open_ = {**difference, "value": 0.02, "low": -0.03, "high": 0.07}
+    open_ = {**difference, "value": 2, "low": -3, "high": 7}
     assert "No clear difference in CIDEr between cycle and plain: 95% interval −3" in reading(open_)  # noqa: RUF001
     longer = {**difference, "metric": "words", "value": -1.2, "low": -1.4, "high": -1.0}
     assert reading(longer) == "cycle has 1.2 fewer words than plain, 95% interval 1.0 to 1.4 (greedy)."
@@ -363,7 +363,7 @@ def test_figures_and_tables_have_their_data(evaluation):
     gain, written = content["gains"][0], rows("gains-test.csv")[0]
     assert float(written["relative"]) == gain["relative"]
     shown = next(t for t in tables if t[0][:3] == ["sampled", "chosen", "metric"])[1]
-    assert shown[:5] == [gain["b"], gain["a"], "CIDEr", f"{100 * gain['b_value']:.1f}", f"{100 * gain['a_value']:.1f}"]
+    assert shown[:5] == [gain["b"], gain["a"], "CIDEr", f"{gain['b_value']:.1f}", f"{gain['a_value']:.1f}"]
     assert shown[6] == f"{100 * gain['relative']:+.1f}%".replace("-", "\u2212")
     found, shown = content["correlations"][0], next(t for t in tables if "Spearman" in t[0])[1]
     assert shown[3].startswith(f"{found['pearson']['value']:+.2f}".replace("-", "\u2212"))

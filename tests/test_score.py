@@ -74,10 +74,10 @@ def test_scores_are_pycocoevalcaps_over_random_captions():
     ours, counts = CaptionScorer(references, tokenizer=str).measure(candidates)
     corpus, sentences = Bleu(4).compute_score(truths, results, verbose=0)
     for name, values in zip(BLEU, sentences, strict=True):
-        np.testing.assert_allclose(ours[name], values, atol=1e-12, rtol=1e-9)
-    np.testing.assert_allclose(bleu(counts.sum(0)), corpus, rtol=1e-12)
-    np.testing.assert_allclose(ours["ROUGE-L"], Rouge().compute_score(truths, results)[1], atol=1e-12)
-    np.testing.assert_allclose(ours["CIDEr-D"], Cider().compute_score(truths, results)[1], atol=1e-12)
+        np.testing.assert_allclose(ours[name] / 100, values, atol=1e-12, rtol=1e-9)
+    np.testing.assert_allclose(bleu(counts.sum(0)) / 100, corpus, rtol=1e-12)
+    np.testing.assert_allclose(ours["ROUGE-L"] / 100, Rouge().compute_score(truths, results)[1], atol=1e-12)
+    np.testing.assert_allclose(ours["CIDEr-D"] / 100, Cider().compute_score(truths, results)[1], atol=1e-12)
 
 
 def test_several_candidates_and_parts_change_nothing(monkeypatch):
@@ -95,7 +95,7 @@ def test_given_document_frequencies_count_for_words_no_reference_has():
     frequencies = DocumentFrequencies({("dog",): 10, ("cat",): 50, ("dog", "cat"): 2}, 100)
     found = caption_scores(["dog cat"], [["dog"]], document_frequencies=frequencies, tokenizer=str)
     dog, cat = np.log(100 / 10), np.log(100 / 50)
-    assert found["CIDEr"][0] == pytest.approx(10 / 4 * dog / np.hypot(dog, cat))
+    assert found["CIDEr"][0] == pytest.approx(1000 / 4 * dog / np.hypot(dog, cat))
 
 
 def test_given_document_frequencies_are_looked_up_once():
@@ -129,8 +129,8 @@ def test_self_bleu_is_bleu_against_the_others():
             Bleu(4).compute_score({0: group[:i] + group[i + 1 :]}, {0: [own]}, verbose=0)[0][3]
             for i, own in enumerate(group)
         ]
-        assert value == pytest.approx(np.mean(expected), abs=1e-12)
-    assert found[2] == pytest.approx(1)
+        assert value == pytest.approx(100 * np.mean(expected), abs=1e-10)
+    assert found[2] == pytest.approx(100)
     with pytest.raises(ValueError, match="group 1 has 1"):
         self_bleu([["a", "b"], ["a"]])
 
@@ -240,9 +240,9 @@ def test_published_examples_with_meteor(scored, shared):
         "CIDEr-D": "CIDEr (pycocoevalcap)",
     }
     for ours, theirs in (names | {"METEOR": "METEOR"}).items():
-        assert own["corpus"][ours] == pytest.approx(items["scores"][theirs], abs=1e-9), ours
+        assert own["corpus"][ours] == pytest.approx(100 * items["scores"][theirs], abs=1e-7), ours
     for ours in names:
-        assert ptb["corpus"][ours] == pytest.approx(own["corpus"][ours], abs=1e-12)
+        assert ptb["corpus"][ours] == pytest.approx(own["corpus"][ours], abs=1e-10)
     assert ptb["metadata"]["tokenizer"].startswith("PTB")
     assert own["metadata"]["tokenizer"].endswith("tokenize")
     assert "CoreNLP" in own["unavailable"]["SPICE"] or "SPICE" in own["corpus"]
@@ -265,7 +265,7 @@ def test_published_scores_of_java(metric, shared):
             [found], _ = java.Java().meteor(own, against, [range(len(own))])
         else:
             found, _ = java.Java().spice(own, against)
-        assert found == pytest.approx(example["expected"][metric], abs=5.1e-5)
+        assert found == pytest.approx(100 * example["expected"][metric], abs=5.1e-3)
 
 
 @needs_java
@@ -374,7 +374,7 @@ def test_clip_scores_and_retrieval_are_their_formulas():
     for i in range(3):
         order = (vectors @ queries[i]).argsort(descending=True).tolist()
         for k in (1, 5, 10):
-            assert hits[f"R@{k}"][i] == float(order.index(int(own[i])) < k)
+            assert hits[f"R@{k}"][i] == 100 * (order.index(int(own[i])) < k)
 
 
 def test_clip_through_the_command(scored, tmp_path, weights, world):

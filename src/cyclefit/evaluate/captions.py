@@ -427,23 +427,25 @@ def _differences(models, chosen: dict[str, list[dict]], judges: Iterable[str]) -
 
 
 def _verdict(models, results: dict) -> dict | None:
-    """Whether the first run with a cycle beats the first without: one nucleus sample as in the paper, then greedy."""
+    """Whether the first run with a cycle beats the first without: one nucleus sample as in the paper, then greedy.
+
+    The first split decides; what came out on the others stands beside it.
+    """
     plain, cycles = baselines(models, "captioner")
     if not plain or not cycles:
         return None
-    split, result = next(iter(results.items()))
-    rows = {(row["a"], row["b"]): row for row in result["differences"]}
-    said = []
-    for decoding, name in (("nucleus", "one nucleus sample"), ("greedy", "one greedy caption")):
-        row = rows[f"{cycles[0]} · {decoding}", f"{plain[0]} · {decoding}"]
-        gain, low, high = (f"{row[k]:+.1f}" for k in ("value", "low", "high"))
-        said.append((row, f"{name} {gain} CIDEr (95 % interval {low} to {high})"))
-    better, outcome = outcome_of(said[0][0])
-    return {
-        "better": better,
-        "sentence": f"{outcome}: {cycles[0]} against {plain[0]} on {result['num_images']} images of {split}, "
-        f"{said[0][1]}, {said[1][1]}.",
-    }
+    decodings, deciding, parts = {"nucleus": "one nucleus sample", "greedy": "one greedy caption"}, None, []
+    for split, result in results.items():
+        rows = {(row["a"], row["b"]): row for row in result["differences"]}
+        said = []
+        for decoding, name in decodings.items():
+            row = rows[f"{cycles[0]} · {decoding}", f"{plain[0]} · {decoding}"]
+            deciding = deciding or row
+            gain, low, high = (f"{row[k]:+.1f}" for k in ("value", "low", "high"))
+            said.append(f"{name} {gain} CIDEr (95 % interval {low} to {high})")
+        parts.append(f"on {result['num_images']} images of {split}, {', '.join(said)}")
+    better, outcome = outcome_of(deciding)
+    return {"better": better, "sentence": f"{outcome}: {cycles[0]} against {plain[0]} {'; '.join(parts)}."}
 
 
 def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners: Partners, count: int) -> None:

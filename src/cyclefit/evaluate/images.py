@@ -373,30 +373,33 @@ def _differences(models, chosen: Chosen, scorers: list[str]) -> list[dict]:
 def _verdict(models, results: dict, scorers: list[str]) -> dict | None:
     """Whether one image of the first run with a cycle is more like the reference than one of the first without.
 
-    By the held-out scorer where there is one, for the other may have been trained on.
+    By the held-out scorer where there is one, for the other may have been trained on. The first split decides; what
+    came out on the others stands beside it.
     """
     plain, cycles = baselines(models, "generator")
     if not plain or not cycles:
         return None
-    split, result = next(iter(results.items()))
     a, b = f"{cycles[0]} · single", f"{plain[0]} · single"
-    rows = {row["metric"]: row for row in result["differences"] if (row["a"], row["b"]) == (a, b)}
-
-    def said(metric: str, places: int = 3) -> str:
-        # 0.0 is added because a rounded -0.0 would read as a loss.
-        gain, low, high = (f"{round(rows[metric][k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high"))
-        return f"{gain} (95 % interval {low} to {high})"
-
     *trained, judge = (f"image similarity ({label})" for label in scorers)
-    better, outcome = outcome_of(rows[judge])
-    similarity = f"image similarity {said(judge)} on the {'held-out ' if trained else ''}scorer {scorers[-1]}"
-    if trained:
-        similarity += f", beside {said(trained[0])} on {scorers[0]}"
-    return {
-        "better": better,
-        "sentence": f"{outcome}: {cycles[0]} against {plain[0]} on {result['num_images']} prompts of {split}, "
-        f"{similarity}; CIDEr of the image's caption {said('CIDEr', 1)}.",
-    }
+    deciding, parts = None, []
+    for split, result in results.items():
+        rows = {row["metric"]: row for row in result["differences"] if (row["a"], row["b"]) == (a, b)}
+        deciding = deciding or rows[judge]
+        similarity = f"image similarity {_gain(rows[judge])} on the {'held-out ' * bool(trained)}scorer {scorers[-1]}"
+        if trained:
+            similarity += f", beside {_gain(rows[trained[0]])} on {scorers[0]}"
+        parts.append(
+            f"on {result['num_images']} prompts of {split}, {similarity}; CIDEr of the image's caption "
+            f"{_gain(rows['CIDEr'], 1)}"
+        )
+    better, outcome = outcome_of(deciding)
+    return {"better": better, "sentence": f"{outcome}: {cycles[0]} against {plain[0]} {'; '.join(parts)}."}
+
+
+def _gain(row: dict, places: int = 3) -> str:
+    # 0.0 is added because a rounded -0.0 would read as a loss.
+    gain, low, high = (f"{round(row[k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high"))
+    return f"{gain} (95 % interval {low} to {high})"
 
 
 def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen, dict]], device) -> str:

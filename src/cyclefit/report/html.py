@@ -265,7 +265,13 @@ def _headline(results: dict, kind: Kind) -> str:
 
 def _outcome(content: dict) -> str:
     if content["differences"]:
-        return escape(reading(content["differences"][0]))
+        first = content["differences"][0]
+
+        def of(difference: dict) -> tuple:
+            return difference["metric"], *(difference[side].split(" · ")[0] for side in ("a", "b"))
+
+        # The same two models under every decoding.
+        return escape(" ".join(reading(row) for row in content["differences"] if of(row) == of(first)))
     metrics = metric_names(content["rows"])
     rows = [
         row for row in content["rows"]
