@@ -26,6 +26,7 @@ from cyclefit.evaluate.analyses import (
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
+    check_out,
     describe_models,
     launch,
     load_models,
@@ -37,6 +38,7 @@ from cyclefit.evaluate.common import (
     save_sources,
     write_json,
 )
+from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
@@ -118,6 +120,7 @@ def captions(
 
     """
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
+    check_out(folder, "captions", shards)
     fabric = launch(devices, num_nodes)
     device = fabric.device
     for judge in judges.values():
@@ -430,7 +433,7 @@ def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners
     drawn = partners.generator.generate([caption for caption, _ in distinct], [seed for _, seed in distinct])
     names = {}
     for number, (pair, image) in enumerate(zip(distinct, drawn, strict=True)):
-        names[pair] = f"images/{split}/regenerated/{distinct[pair]['key']}-{number:05d}.png"
+        names[pair] = f"images/{split}/regenerated/{safe_name(distinct[pair]['key'])}-{number:05d}.png"
         save_image(image, folder / names[pair], SHOWN_SIDE)
     for row in wanted:
         row["image"] = names[row["caption"], row["noise_seed"]]

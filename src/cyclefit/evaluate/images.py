@@ -23,6 +23,7 @@ from cyclefit.evaluate.analyses import correlations, count_curve, difference, es
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
+    check_out,
     describe_models,
     launch,
     load_models,
@@ -34,6 +35,7 @@ from cyclefit.evaluate.common import (
     save_sources,
     write_json,
 )
+from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
@@ -97,6 +99,7 @@ def images(
 
     """
     folder, started = Path(out), time.perf_counter()
+    check_out(folder, "images", shards)
     fabric = launch(devices, num_nodes)
     device = fabric.device
     scorers = {s.label: s for s in (scorer, held_out) if s is not None}
@@ -242,7 +245,7 @@ def _evaluate(
                     "caption": made.captions[j],
                     "scores": {name: round(float(values[j]), 6) for name, values in made.scores.items()},
                     "metrics": {name: round(float(values[j]), 6) for name, values in metrics.items()},
-                    "image": f"images/{split}/{model}/{keys[i]}-{k}.png",
+                    "image": f"images/{split}/{model}/{safe_name(keys[i])}-{k}.png",
                     "seconds": seconds,
                     "of": count,
                 }
@@ -401,7 +404,7 @@ def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen
     except UserError as error:
         return f"not computed, because {error}"
     for split, (chosen, _) in selected.items():
-        sources = [f"images/{split}/source/{row['key']}.png" for row in chosen["base", "single"]]
+        sources = [f"images/{split}/source/{safe_name(row['key'])}.png" for row in chosen["base", "single"]]
         names = list(dict.fromkeys([*sources, *(row["image"] for picked in chosen.values() for row in picked)]))
         extracted = features(network, [folder / name for name in names])
         place = {name: i for i, name in enumerate(names)}
