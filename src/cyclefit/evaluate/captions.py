@@ -26,7 +26,6 @@ from cyclefit.evaluate.analyses import (
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
-    check_out,
     describe_models,
     launch,
     load_models,
@@ -120,7 +119,6 @@ def captions(
 
     """
     judges, folder, started = judges or JUDGES, Path(out), time.perf_counter()
-    check_out(folder, "captions", shards)
     fabric = launch(devices, num_nodes)
     device = fabric.device
     for judge in judges.values():

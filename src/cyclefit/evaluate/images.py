@@ -23,7 +23,6 @@ from cyclefit.evaluate.analyses import correlations, count_curve, difference, es
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
-    check_out,
     describe_models,
     launch,
     load_models,
@@ -99,7 +98,6 @@ def images(
 
     """
     folder, started = Path(out), time.perf_counter()
-    check_out(folder, "images", shards)
     fabric = launch(devices, num_nodes)
     device = fabric.device
     scorers = {s.label: s for s in (scorer, held_out) if s is not None}
