@@ -6,6 +6,7 @@ import pytest
 
 from cyclefit import UserError, evaluate, export
 from cyclefit.data.__main__ import main as data
+from cyclefit.report.html import assemble
 from tests.conftest import ROOT
 from tests.test_names import contents
 from tests.test_report import write_evaluation
@@ -37,33 +38,26 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def commands(folder) -> dict[str, list[str]]:
-    return {
-        "score": ["score", f"--candidates={folder}/candidates.json", f"--references={folder}/references.json",
-                  "--java=false"],
-        "report": ["report", f"--evaluations={json.dumps([str(folder / 'evaluation')])}"],
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("command", ["score", "report"])
-def test_a_file_is_overwritten_by_its_own_command_only(command, folder):
-    arguments = commands(folder)[command]
+def test_a_file_is_overwritten_by_its_own_command_only(command, folder, monkeypatch):
+    monkeypatch.setattr("cyclefit.report.html.page", lambda *_: assemble("title", "", "", "", []))
+    run = {
+        "score": lambda out: evaluate.score(f"{folder}/candidates.json", f"{folder}/references.json", out, java=False),
+        "report": lambda out: evaluate.report([f"{folder}/evaluation"], out),
+    }
     inputs = ["candidates.json", "references.json", "evaluation/metrics.json", "run/config.yaml"]
     before = contents(folder)
     for name in (*(f"foreign/{name}" for name in FOREIGN), *inputs):
-        with pytest.raises(
-            UserError, match=r"exists and is no (file of scores|report) that this command wrote: choose"
-        ):
-            evaluate.main([*arguments, f"--out={folder / name}"])
-    for place, said in ((folder / "run", "is a folder"), (folder / "candidates.json/x", "candidates.json is a file")):
+        with pytest.raises(UserError, match=r"exists and is no (file of scores|report) that this command wrote: "):
+            run[command](f"{folder}/{name}")
+    for place, said in (("run", "is a folder"), ("candidates.json/x", r"candidates\.json is a file")):
         with pytest.raises(UserError, match=said):
-            evaluate.main([*arguments, f"--out={place}"])
+            run[command](f"{folder}/{place}")
     assert contents(folder) == before
     for _ in range(2):
-        assert evaluate.main([*arguments, f"--out={folder}/new/own"]) == 0
-    other = commands(folder)[{"score": "report", "report": "score"}[command]]
+        assert run[command](f"{folder}/new/own") == 0
     with pytest.raises(UserError, match="exists and is no"):
-        evaluate.main([*other, f"--out={folder}/new/own"])
+        run[{"score": "report", "report": "score"}[command]](f"{folder}/new/own")
     assert [path.name for path in (folder / "new").iterdir()] == ["own"]
 
 
