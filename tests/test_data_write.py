@@ -366,9 +366,9 @@ def test_img2dataset(tmp_path, caplog):
     found = {sample.key: sample for sample in img2dataset_source(source)}
     assert found["00001"].captions == ["c1"] and found["00001"].extra == {"url": "u1"}
     assert found["00010"].captions == ["only text"]
-    assert "00002.tar breaks off" in caplog.text
+    assert "00002.tar: truncated shard, from 00020 on" in caplog.text
     manifest = write(img2dataset_source(source), tmp_path / "out")
-    assert manifest["samples"] == 5 and manifest["skipped"]["reasons"] == {"empty file": 1}
+    assert manifest["samples"] == 5 and manifest["skipped"]["reasons"] == {"empty file": 1, "truncated shard": 1}
 
 
 # the command
@@ -416,3 +416,87 @@ def test_mistakes_end_with_one_sentence(images, tmp_path, capsys, arguments, mes
 def test_packing_needs_no_torch():
     code = "import sys; import cyclefit.data.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# other people's tars
+
+
+def strange_tar(path: Path, format=tarfile.PAX_FORMAT) -> set[str]:
+    """A tar with samples under all sorts of names, and members that are none; the keys of the samples."""
+    keys = {"./000", "dir.v1/000", "dir.v1/.hidden/001", "/absolute/002", "../003", "a b", "ünï"}
+    with tarfile.open(path, "w", format=format) as tar:
+        folder = tarfile.TarInfo("./dir.v1")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for i, key in enumerate(sorted(keys)):
+            record = json.dumps({"caption": f"c{i}"}).encode()
+            for name, content in ((f"{key}.JPG", encoded()), (f"{key}.json", record)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            hidden = tarfile.TarInfo(f"{Path(key).parent}/._{Path(key).name}.jpg")  # macOS
+            hidden.size = 3
+            tar.addfile(hidden, io.BytesIO(b"mac"))
+        for name, kind in (("soft", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(f"{name}.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+    return keys
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_packing_and_training_read_the_same_of_a_tar(tmp_path, format):
+    """Dots and slashes before a name lose nothing; what has no file of its own is named."""
+    from cyclefit.data.read import Bad, evaluation_batches
+
+    (tmp_path / "source").mkdir()
+    keys = strange_tar(tmp_path / "source/0.tar", format)
+    manifest = write(img2dataset_source(tmp_path / "source"), tmp_path / "out")
+    assert manifest["samples"] == len(keys) == verify_shards(tmp_path / "out")["samples"]
+    assert {entry["key"] for entry in manifest["skipped"]["samples"]} == {"soft", "hard", "pipe"}
+    bad = Bad(1)
+    settings = {"image_size": 8, "batch_size": 50, "max_bad_fraction": 1.0, "bad": bad}
+    (batch,) = evaluation_batches(str(tmp_path / "source"), **settings)
+    assert set(batch.keys) == keys
+    assert bad.reasons == {"no caption": 3}
+
+
+def test_a_tar_that_breaks_off_between_two_samples_is_noticed(tmp_path):
+    """Python's tarfile takes a missing end and a broken header for the end."""
+    from cyclefit.data.read import Bad, evaluation_batches
+
+    write(samples(4), tmp_path / "whole")
+    whole = (tmp_path / "whole/000000.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole/000000.tar") as tar:
+        third = tar.getmembers()[4].offset
+    breaks = {"cut": whole[:third], "header": whole[: third + 300], "garbage": whole[:third] + b"\xff" * 2048}
+    for name, content in breaks.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "000000.tar").write_bytes(content)
+        skipped = write(img2dataset_source(tmp_path / name), tmp_path / f"{name}-out")["skipped"]
+        assert skipped["reasons"] == {"truncated shard": 1}
+        assert skipped["samples"][0]["key"] == f"{tmp_path / name / '000000.tar'}, from k001 on"
+        bad = Bad(1)
+        list(evaluation_batches(str(tmp_path / name), image_size=8, batch_size=9, max_bad_fraction=1.0, bad=bad))
+        assert bad.reasons == {"truncated shard": 1}
+
+
+@pytest.mark.parametrize("members", [{}, {"readme": b"x", "dir/x.pyd": b"x"}, {"._000.jpg": b"x"}])
+def test_tars_without_a_sample_are_one_sentence(tmp_path, capsys, members):
+    (tmp_path / "source").mkdir()
+    rewrite(tmp_path / "source/0.tar", members)
+    command = ["pack", "img2dataset", "--images", str(tmp_path / "source"), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "1 .tar files of" in said and "hold no sample: a sample is KEY.jpg" in said
+    assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair_is_no_loss(tmp_path):
+    """JSON and the names in a tar can hold it, UTF-8 cannot."""
+    write([Sample("\ud800", encoded(), ["one \udcff"]), Sample("_", encoded(), ["two"])], tmp_path)
+    stored = [json.loads(content) for name, content in entries(tmp_path).items() if name.endswith("json")]
+    assert [(record["captions"], record["source_key"]) for record in stored] == [
+        (["one \udcff"], "\ud800"),
+        (["two"], "_"),
+    ]

@@ -186,7 +186,7 @@ def test_bad_files_are_named(scored, candidates, references, sentence):
 def test_a_subset_is_scored_where_it_is_asked_for(scored):
     found = scored({"1": CANDIDATES["1"]}, REFERENCES, NO_JAVA, "--subset=true")
     assert list(found["images"]) == ["1"]
-    with pytest.raises(UserError, match="is a folder: --out names the JSON file"):
+    with pytest.raises(UserError, match="is a folder: --out names the file"):
         scored(CANDIDATES, REFERENCES, NO_JAVA, f"--out={ROOT}")
     with pytest.raises(FileNotFoundError, match=r"no file nowhere\.json with candidates"):
         evaluate.main(["score", "--candidates=nowhere.json", "--references=nowhere.json"])

@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "loading", "start"},
+    {"batch", "files", "loading", "start"},
     {"bridge"},
     {"captioners", "generators", "scorers", "data", "metrics"},
     {"judges", "runs", "latents"},

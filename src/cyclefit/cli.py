@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from cyclefit import UserError
 from cyclefit.data import ShardData
+from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
 from cyclefit.runs import newest, saved, write_checkpoint
 from cyclefit.start import resolve_configs
@@ -247,6 +248,9 @@ class RunCLI(LightningCLI):
         config = self.config
         if not config.name:
             raise UserError("the run has no name: add `name: ...` to the config or --name NAME")
+        check_name(config.name, "the run's name")
+        if config.group:
+            check_name(config.group, "the W&B group")
         self.folder = Path(config.runs) / config.name
         if config.dry_run:
             return

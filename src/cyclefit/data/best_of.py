@@ -11,6 +11,7 @@ import rich.progress
 from rich.console import Console
 
 from cyclefit import UserError
+from cyclefit.files import within
 
 from .read import IMAGES, BadSample, expand_shards, raw_samples, read_captions, read_extra
 from .write import Sample, verify_shards, write_shards
@@ -112,7 +113,7 @@ def best_of(
 def _read_candidates(path: Path, judge: str, model: str, direction: str, progress: bool) -> dict[str, list[_Candidate]]:
     """The model's candidates by key."""
     pools: dict[str, dict[int, _Candidate]] = defaultdict(dict)
-    models, root = set(), path.parent.resolve()
+    models = set()
     console = Console(stderr=True)
     with rich.progress.open(path, "rb", description="candidates", console=console, disable=not progress) as file:
         for number, line in enumerate(file, 1):
@@ -138,9 +139,8 @@ def _read_candidates(path: Path, judge: str, model: str, direction: str, progres
                 if direction == "captions":
                     image, text, noise_seed = None, row["caption"], row["noise_seed"]
                 else:
-                    image, text, noise_seed = (root / row["image"]).resolve(), row["prompt"], row["seed"]
-                    if not image.is_relative_to(root):
-                        raise UserError(f"{where} has its image {row['image']} outside of {path.parent}.")
+                    image = within(path.parent, row["image"], f"{where}: the image", links=False)
+                    text, noise_seed = row["prompt"], row["seed"]
                 pools[key][index] = _Candidate(index, float(scores[judge]), text, image, noise_seed)
             except UserError:
                 raise

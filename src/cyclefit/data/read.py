@@ -26,14 +26,14 @@ from PIL import Image
 from safetensors.numpy import load
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
 
+from .tars import IMAGES, read_tar
+
 log = logging.getLogger("cyclefit.data")
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 LATENTS = "safetensors"
 DECODED = (*IMAGES, "json", "txt", LATENTS)
 """The only entries of a shard that are read."""
@@ -300,9 +300,9 @@ class _Decoder:
     def decode(self, sample: dict, rng: random.Random | None = None, crop: str = "center"):
         """Image, caption, captions, key, latents or None; with `rng`, a caption (and crop) of its choice."""
         captions = read_captions(sample)
-        if not _has(sample, IMAGES):
+        image = next((sample[extension] for extension in IMAGES if extension in sample), None)
+        if image is None:
             raise BadSample("no image")
-        image = next(sample[extension] for extension in IMAGES if extension in sample)
         position = (rng.random(), rng.random()) if rng and crop == "random" else (0.5, 0.5)
         image = decode_image(image, self.image_size, position)
         latents = read_latents(sample, self.latents, self.image_size) if self.latents else None
@@ -326,45 +326,16 @@ def left_out(reason: str, key: str, shard: str) -> None:
 
 def raw_samples(url: str, note=left_out) -> Iterator[dict]:
     """A shard's samples as bytes; where it cannot be read, or not to its end, that is noted once."""
-    failed = []
-
-    def stop(error: Exception) -> bool:
-        failed.append(error)
-        return False
-
     try:
         stream = gopen(url)
     except Exception:  # whatever the opener of this kind of URL raises
         note("unreadable shard", "all", url)
         return
-    # One shard at a time: a sample cut off at a shard's end would take its other half from the next shard.
-    entries = tar_file_expander(
-        [{"url": url, "stream": stream}],
-        handler=stop,
-        select_files=lambda name: name.rpartition(".")[2].lower() in DECODED,
-    )
-    held = None
     try:
-        for sample in group_by_keys(entries, handler=lambda error: True):  # of a name given twice, the first
-            if held is not None:
-                yield held
-            held = sample
-        # The sample that the shard breaks off in may be half of one.
-        if held is not None and (not failed or (_has(held, IMAGES) and _has(held, ("json", "txt")))):
-            yield held
+        yield from read_tar(stream, url, note, DECODED)
     finally:
         with suppress(Exception):  # a pipe that is left early complains
             stream.close()
-    if failed:
-        note(
-            "truncated shard" if held else "unreadable shard",
-            f"from {held['__key__']} on" if held else "all",
-            url,
-        )
-
-
-def _has(sample: dict, extensions: tuple[str, ...]) -> bool:
-    return any(extension in sample for extension in extensions)
 
 
 class _Buffer:

@@ -3,11 +3,14 @@
 import csv
 import json
 import logging
-import tarfile
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from cyclefit.files import within
+
+from .tars import read_tar
 from .write import IMAGE_SUFFIXES, Sample
 
 log = logging.getLogger("cyclefit.data")
@@ -34,7 +37,8 @@ def folder_source(images: str | Path, annotations: str | Path | None = None) -> 
     files = {path.relative_to(images).as_posix(): path for path in paths}
     if not files and not listed:
         raise FileNotFoundError(f"{images} holds no images ({', '.join(IMAGE_SUFFIXES)}).")
-    files |= {name: images / name for name in listed or () if name not in files}
+    named = f"{annotations}: the image"
+    files |= {name: within(images, name, named) for name in listed or () if name not in files}
     stems = [name.rpartition(".")[0] or name for name in files]
     counts = Counter(stems)
     for stem, (name, path) in zip(stems, files.items(), strict=True):
@@ -87,38 +91,33 @@ def nocaps_source(images: str | Path, annotations: str | Path, domain: str | Non
 def img2dataset_source(folder: str | Path) -> Iterator[Sample]:
     """Samples of img2dataset's shards (image, txt and json with `status`), to be packed again.
 
-    The rest of a shard that breaks off is lost, with a warning that names it.
+    What a shard that cannot be read, or not to its end, has lost is a sample that the writer counts and names.
     """
     folder = _existing_folder(folder)
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise FileNotFoundError(f"{folder} holds no .tar files.")
+    extensions = [suffix.removeprefix(".") for suffix in (*IMAGE_SUFFIXES, ".json", ".txt")]
+    empty = True
     for shard in shards:
-        files: dict[str, bytes] = {}
-        current, count = None, 0
-        try:
-            with tarfile.open(shard, mode="r:") as tar:
-                for entry in tar:
-                    stem, _, extension = entry.name.partition(".")
-                    if not entry.isfile() or f".{extension.lower()}" not in (
-                        *IMAGE_SUFFIXES,
-                        ".json",
-                        ".txt",
-                    ):
-                        continue
-                    data = tar.extractfile(entry).read()
-                    if stem != current and current is not None:
-                        yield _img2dataset_sample(current, files)
-                        files, count = {}, count + 1
-                    current = stem
-                    files[extension.lower()] = data
-        except (tarfile.TarError, OSError, EOFError) as error:
-            log.warning("%s breaks off after %d samples (%s); the rest of it is left out.", shard, count, error)
-        if current is not None:
-            yield _img2dataset_sample(current, files)
+        lost: list[Sample] = []
+
+        def note(reason: str, key: str, url: str, lost=lost) -> None:
+            log.warning("%s: %s, %s; its samples are left out.", url, reason, key)
+            lost.append(Sample(f"{url}, {key}", b"", [], lost=reason))
+
+        with shard.open("rb") as file:
+            for sample in read_tar(file, str(shard), note, extensions):
+                empty = False
+                yield _img2dataset_sample(sample)
+        yield from lost
+    if empty:
+        raise ValueError(
+            f"the {len(shards)} .tar files of {folder} hold no sample: a sample is KEY.jpg with KEY.json or KEY.txt."
+        )
 
 
-def _img2dataset_sample(key: str, files: dict[str, bytes]) -> Sample:
+def _img2dataset_sample(files: dict) -> Sample:
     try:
         record = json.loads(files.get("json", b"{}"))
     except ValueError:
@@ -131,7 +130,7 @@ def _img2dataset_sample(key: str, files: dict[str, bytes]) -> Sample:
         image = b""
     for name in ("caption", "captions", "status", "error_message", "exif", "key"):
         record.pop(name, None)
-    return Sample(key, image, captions, _present(record))
+    return Sample(files["__key__"], image, captions, _present(record))
 
 
 def _karpathy(images: Path, path: Path, entries: list[dict], split: str | None) -> Iterator[Sample]:
@@ -146,10 +145,11 @@ def _karpathy(images: Path, path: Path, entries: list[dict], split: str | None) 
         if not name:
             raise ValueError(f"{path}: an image has no filename; expected Karpathy's layout.")
         # The same file serves images in train2014/ and val2014/ and images in one folder.
-        nested = images / entry.get("filepath", "") / name
+        nested = within(images, os.path.join(entry.get("filepath", ""), name), f"{path}: the image")
         extra = {"image_id": entry.get("cocoid", entry.get("imgid")), "split": entry.get("split")}
         captions = [sentence.get("raw", "") for sentence in entry.get("sentences", [])]
-        yield Sample(Path(name).stem, nested if nested.is_file() else images / name, captions, _present(extra))
+        beside = within(images, name, f"{path}: the image")
+        yield Sample(Path(name).stem, nested if os.path.isfile(nested) else beside, captions, _present(extra))
 
 
 def _coco_layout(images: Path, path: Path, data: dict, keep: tuple[str, ...] = ()) -> Iterator[Sample]:
@@ -164,7 +164,8 @@ def _coco_layout(images: Path, path: Path, data: dict, keep: tuple[str, ...] = (
             raise ValueError(f"{path}: image {entry.get('id')} has no file_name.")
         extra = {"image_id": entry.get("id")} | {name: entry.get(name) for name in keep}
         name = entry["file_name"]
-        yield Sample(Path(name).stem, images / name, captions.get(entry.get("id"), []), _present(extra))
+        image = within(images, name, f"{path}: the image")
+        yield Sample(Path(name).stem, image, captions.get(entry.get("id"), []), _present(extra))
 
 
 def _read_captions(path: Path) -> dict[str, tuple[list[str], dict]]:

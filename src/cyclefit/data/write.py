@@ -24,6 +24,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from cyclefit.files import write_atomic
+
+from .tars import read_tar
+
 STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats stored byte for byte, with their extension in the shard."""
 REENCODED = ("BMP", "TIFF", "GIF")
@@ -48,6 +52,8 @@ class Sample:
     """What else the sample's json shall hold."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Further files of the sample, by extension."""
+    lost: str = ""
+    """Why there is nothing to write of it, where the source knows; then it is left out and named."""
 
 
 @dataclass
@@ -87,7 +93,8 @@ class _Shard:
         self.tar = tarfile.open(fileobj=self.file, mode="w|", format=tarfile.USTAR_FORMAT)
 
     def add(self, key: str, files: dict[str, bytes], record: dict) -> None:
-        text = json.dumps(record, ensure_ascii=False, default=str).encode()
+        # Half a surrogate pair has no UTF-8; its escape by a backslash is also JSON's.
+        text = json.dumps(record, ensure_ascii=False, default=str).encode(errors="backslashreplace")
         for extension, data in (files | {"json": text}).items():
             entry = tarfile.TarInfo(
                 f"{key}.{extension}"
@@ -164,6 +171,8 @@ def write_shards(
             for sample in samples:
                 bar.advance(task)
                 try:
+                    if sample.lost:
+                        raise Unusable(sample.lost)
                     if sample.key in sources:
                         raise Unusable("duplicate key")
                     captions = [caption.strip() for caption in sample.captions if caption and caption.strip()]
@@ -204,9 +213,7 @@ def write_shards(
         "shards": shards,
         "skipped": {"total": len(skipped), "reasons": reasons, "samples": skipped},
     }
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     (folder / BEGUN).unlink(missing_ok=True)
     return manifest
 
@@ -306,7 +313,8 @@ def _safe_key(key: str, taken: set[str]) -> str:
     # A dot would end the key, a slash would make a folder, and ustar holds names of at most 100 bytes.
     safe = re.sub(r"[^A-Za-z0-9_-]+", "_", key)[:80].strip("_") or "sample"
     if safe in taken:
-        safe = f"{safe[:63]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:16]
+        safe = f"{safe[:63]}-{digest}"
     return safe
 
 
@@ -317,7 +325,7 @@ def _image_to_store(image: bytes | Path) -> tuple[str, bytes]:
         suffix, path = Path(image).suffix.lower(), Path(image)
         try:
             image = path.read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeEncodeError):
             raise Unusable("missing file") from None
         except OSError:
             raise Unusable("unreadable file") from None
@@ -354,10 +362,13 @@ def _as_png(picture: Image.Image) -> bytes:
 
 def _read_shard(path: Path) -> dict[str, dict[str, bytes]]:
     found: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path, mode="r:") as tar:
-        for entry in tar:
-            key, _, extension = entry.name.partition(".")
-            found.setdefault(key, {})[extension] = tar.extractfile(entry).read()
+    lost: list[str] = []
+    with path.open("rb") as file:
+        for sample in read_tar(file, str(path), lambda reason, *_: lost.append(reason)):
+            files = {name: data for name, data in sample.items() if not name.startswith("__")}
+            found.setdefault(sample["__key__"], {}).update(files)
+    if lost:
+        raise tarfile.ReadError(lost[0])
     return found
 
 

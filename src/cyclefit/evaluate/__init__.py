@@ -1,8 +1,10 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
 import json
+from pathlib import Path
 
 from cyclefit.evaluate.captions import JUDGES, captions
+from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
 from cyclefit.evaluate.score import score
@@ -47,6 +49,8 @@ def main(arguments: list[str]) -> int:
         if count:
             arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
     parsed = parser.parse_args(resolve_configs(arguments))
+    if parsed.subcommand in ("captions", "images"):  # before models are loaded
+        check_out(Path(parsed[parsed.subcommand].out), parsed.subcommand, parsed[parsed.subcommand].shards)
     values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
     values.pop("config", None)
     return COMMANDS[parsed.subcommand](**values)

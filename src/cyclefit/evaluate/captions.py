@@ -39,6 +39,7 @@ from cyclefit.evaluate.common import (
     save_sources,
     write_json,
 )
+from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
@@ -154,7 +155,7 @@ def captions(
     tables: dict[str, Rows] = {}
     for split, urls in shards.items():
         source = {"images": digest_of_shards(expand_shards(urls))}
-        about = {"shards": urls, "scorer": scorer.name, "seed": seed} | source
+        about = {"kind": "captions", "shards": urls, "scorer": scorer.name, "seed": seed} | source
         path = folder / f"candidates-{split}.jsonl"
         table = tables[split] = Rows(path, {name: source | own for name, own in depends.items()}, about, fabric)
         for model, (network, _) in models.items():
@@ -463,7 +464,7 @@ def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners
     drawn = partners.generator.generate([caption for caption, _ in distinct], [seed for _, seed in distinct])
     names = {}
     for number, (pair, image) in enumerate(zip(distinct, drawn, strict=True)):
-        names[pair] = f"images/{split}/regenerated/{distinct[pair]['key']}-{number:05d}.png"
+        names[pair] = f"images/{split}/regenerated/{safe_name(distinct[pair]['key'])}-{number:05d}.png"
         save_image(image, folder / names[pair], SHOWN_SIDE)
     for row in wanted:
         row["image"] = names[row["caption"], row["noise_seed"]]

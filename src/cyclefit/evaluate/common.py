@@ -26,6 +26,7 @@ from rich.table import Table
 
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
+from cyclefit.files import check_names, check_out_folder, safe_name
 from cyclefit.generators import Generator
 from cyclefit.runs import Which, load_run
 
@@ -44,12 +45,32 @@ def load_models(
     """
     models: dict[str, tuple[Captioner | Generator, dict]] = {"base": (base, {})}
     for run in runs or []:
-        name = Path(run).name
-        # `source` is the folder of the reference images, beside those of the models.
-        if name in models or name == "source":
+        name = Path(os.path.abspath(run)).name
+        # `source` is the folder of the reference images, beside those of the models; some systems ignore case.
+        if name.casefold() in [taken.casefold() for taken in (*models, "source")]:
             raise UserError(f"the name of the run {run} is taken: rename its folder, or give each run once")
         models[name] = load_run(Path(run), checkpoint, which)
     return models
+
+
+def check_out(folder: Path, kind: str, splits: Iterable[str]) -> None:
+    """Looks at the names that an evaluation writes under, before anything is loaded or written.
+
+    Raises:
+        UserError: a split's name will not do for a file, or the folder holds anything but an evaluation of this kind.
+
+    """
+
+    def own(folder: Path) -> bool:
+        # One that has not come to its end has settings alone.
+        written = [folder / "metrics.json", *folder.glob("candidates-*.settings.json")]
+        try:
+            return {json.loads(path.read_text())["kind"] for path in written if path.exists()} == {kind}
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    check_names(splits, "the split name")
+    check_out_folder(folder, own, f"evaluation of {kind}")
 
 
 def launch(devices: int, num_nodes: int) -> "Fabric":
@@ -109,7 +130,7 @@ class Rows:
                 (folder / name).unlink(missing_ok=True)
             for row in self.rows:
                 if row["model"] in outdated:  # images that are there are taken for the sample's
-                    (folder / "images" / split / "source" / f"{row['key']}.png").unlink(missing_ok=True)
+                    (folder / "images" / split / "source" / f"{safe_name(row['key'])}.png").unlink(missing_ok=True)
             self.rows = [row for row in self.rows if row["model"] not in outdated]
             self.rewrite()
         write_json(settings, about | {"depends": depends})
@@ -187,8 +208,9 @@ def progress_bar(unit: str, rank: int = 0) -> Progress:
 def save_sources(folder: Path, batch, side: int | None = None) -> None:
     """Saves the images of a batch that are not there yet as `KEY.png`; see `save_image`."""
     for key, image in zip(batch.keys, batch.images, strict=True):
-        if not (folder / f"{key}.png").exists():
-            save_image(image, folder / f"{key}.png", side)
+        path = folder / f"{safe_name(key)}.png"
+        if not path.exists():
+            save_image(image, path, side)
 
 
 def save_image(image: torch.Tensor, path: Path, side: int | None = None) -> None:

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 from cyclefit import UserError
 from cyclefit.evaluate.analyses import difference
 from cyclefit.evaluate.common import write_json
+from cyclefit.files import check_out_folder
 from cyclefit.metrics.statistics import seed_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
@@ -45,6 +46,7 @@ def compare(
         out: the folder of the comparison.
 
     """
+    check_out_folder(Path(out), _is_comparison, "comparison of runs")
     found, broken = [], []
     for folder in dict.fromkeys(map(Path, runs)):
         try:
@@ -75,6 +77,13 @@ def compare(
     _log(content, table, differences, folder, group, found)
     print(f"comparison: {page}")
     return 0
+
+
+def _is_comparison(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "comparison.json").read_text()).keys() == {"runs", "evaluations"}
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def settings(config: dict, prefix: str = "") -> dict:

@@ -36,6 +36,7 @@ from cyclefit.evaluate.common import (
     save_sources,
     write_json,
 )
+from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
@@ -121,7 +122,7 @@ def images(
     tables, prompts = {}, {}
     for split, urls in shards.items():
         source = {"images": digest_of_shards(expand_shards(urls))}
-        about = {"shards": urls, "scorer": scorer.name, "seed": seed} | source
+        about = {"kind": "images", "shards": urls, "scorer": scorer.name, "seed": seed} | source
         path = folder / f"candidates-{split}.jsonl"
         table = tables[split] = Rows(path, {name: source | own for name, own in depends.items()}, about, fabric)
         stream = evaluation_batches(
@@ -253,7 +254,7 @@ def _evaluate(
                     "caption": made.captions[j],
                     "scores": {name: round(float(values[j]), 6) for name, values in made.scores.items()},
                     "metrics": {name: round(float(values[j]), 6) for name, values in metrics.items()},
-                    "image": f"images/{split}/{model}/{keys[i]}-{k}.png",
+                    "image": f"images/{split}/{model}/{safe_name(keys[i])}-{k}.png",
                     "seconds": seconds,
                     "of": count,
                 }
@@ -412,7 +413,7 @@ def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen
     except UserError as error:
         return f"not computed, because {error}"
     for split, (chosen, _) in selected.items():
-        sources = [f"images/{split}/source/{row['key']}.png" for row in chosen["base", "single"]]
+        sources = [f"images/{split}/source/{safe_name(row['key'])}.png" for row in chosen["base", "single"]]
         names = list(dict.fromkeys([*sources, *(row["image"] for picked in chosen.values() for row in picked)]))
         extracted = features(network, [folder / name for name in names])
         place = {name: i for i, name in enumerate(names)}

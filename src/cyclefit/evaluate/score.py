@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cyclefit import UserError
+from cyclefit.files import check_out_file, within, write_atomic
 from cyclefit.metrics.captions import (
     CaptionScorer,
     corpus_metrics,
@@ -68,8 +70,8 @@ def score(
     """
     if (images is None) != (scorer is None):
         raise UserError("CLIPScore needs both the images' folder and a scorer: give --images and --scorer, or neither")
-    if out and Path(out).is_dir():
-        raise UserError(f"{out} is a folder: --out names the JSON file to write")
+    if out:
+        check_out_file(Path(out), _is_scores, "file of scores that this command wrote")
     files = _read_files(Path(candidates), Path(references), subset)
     engine = Java(java_heap, java_timeout, Path(corenlp) if corenlp else None)
     tokenized = tokenize if tokenizer == "own" else _by_java(engine, files)
@@ -129,9 +131,17 @@ def score(
         result["metadata"].setdefault("warnings", []).append(str(warning.message))
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_atomic(Path(out), json.dumps(result, indent=1))
     _print(result)
     return 0
+
+
+def _is_scores(text: str) -> bool:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() == {"metadata", "corpus", "unavailable", "images"}
 
 
 def _places(owner: list[int]) -> list[list[int]]:
@@ -182,11 +192,9 @@ def _clip(folder: Path, files: "Files", scorer: Scorer, texts: list[str], owner:
 
 
 def _image(folder: Path, name: str | None, key: str) -> Path:
-    tried = [folder / name] if name else [folder / f"{key}{suffix}" for suffix in IMAGES]
+    tried = [within(folder, file) for file in ([name] if name else [f"{key}{suffix}" for suffix in IMAGES])]
     for path in tried:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"the image {path} lies outside {folder}")
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise UserError(f"there is no image of {key} in {folder}: expected {tried[0].name}")
 

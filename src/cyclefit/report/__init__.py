@@ -3,11 +3,11 @@
 import csv
 import json
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclefit import UserError
+from cyclefit.files import check_names, check_out_file, write_atomic
 
 if TYPE_CHECKING:
     from cyclefit.report.html import Evaluation
@@ -23,10 +23,12 @@ def write_report(folder: Path, *others: Path, out: Path | None = None, title: st
     files hold the numbers of the main tables in the same units, unrounded. Returns the path of the page.
 
     Raises FileNotFoundError where there is no `metrics.json`, UserError naming the file and the entry where
-    one cannot be read, or where two evaluations are of the same kind.
+    one cannot be read, where two evaluations are of the same kind, or where `out` is any file but a report.
     """
-    from cyclefit.report.html import page
+    from cyclefit.report.html import is_page, page
 
+    if out is not None:
+        check_out_file(Path(out), is_page, "report that this command wrote")
     evaluations = [_read(Path(path)) for path in (folder, *others)]
     kinds: dict[str, Path] = {}
     for evaluation in evaluations:
@@ -40,7 +42,7 @@ def write_report(folder: Path, *others: Path, out: Path | None = None, title: st
             _write_analyses(evaluation.folder, split, content)
     path = Path(out or evaluations[0].folder / "report.html")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(evaluations, title), encoding="utf-8")
+    write_atomic(path, page(evaluations, title))
     return path
 
 
@@ -106,10 +108,8 @@ def _read_metrics(path: Path) -> dict:
             _expect(model["color_index"], int, path, f"models.{name}.color_index")
     if results.get("verdict") is not None:
         _expect_keys(results["verdict"], ("sentence",), path, "verdict")
+    check_names(results["splits"], f"{path}: the split name")
     for split, content in results["splits"].items():
-        # The name becomes part of file names.
-        if not re.fullmatch(r"\w[\w.-]*", split):
-            raise UserError(f"{path}: the split name {split!r} may only hold letters, digits, '_', '-' and '.'.")
         where = f"splits.{split}"
         _expect(content, dict, path, where)
         for name in ("rows", "differences", "gains", "rank_curves", "count_curves", "correlations", "failures"):

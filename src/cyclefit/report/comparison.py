@@ -3,6 +3,7 @@
 from html import escape
 from pathlib import Path
 
+from cyclefit.files import write_atomic
 from cyclefit.report.figures import comparison, metric_names, render
 from cyclefit.report.html import TABLE_ONLY, assemble, panels, slug
 from cyclefit.report.tables import cell, count, differences_table, main_table, table
@@ -27,7 +28,7 @@ def write_page(content: dict, folder: Path) -> Path:
         "Comparison of runs", "", summary, '<div><a href="#runs">Runs</a></div>' + "".join(contents), sections
     )
     path = folder / "comparison.html"
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page)
     return path
 
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cyclefit import UserError
+from cyclefit.files import safe_name, within
 from cyclefit.report.figures import (
     comparison,
     count_curves,
@@ -169,6 +170,8 @@ IMAGE_BUDGET = 3_200_000
 # to SMALL are kept exactly.
 THUMBNAILS = ((224, 80), (160, 74), (112, 68))
 SMALL = 64
+GENERATOR = '<meta name="generator" content="cyclefit">'
+"""What tells a page of ours from other files."""
 
 
 def page(evaluations: list[Evaluation], title: str | None) -> str:
@@ -185,11 +188,17 @@ def page(evaluations: list[Evaluation], title: str | None) -> str:
     )
 
 
+def is_page(text: str) -> bool:
+    """Whether a file's text is a page of `assemble`."""
+    return GENERATOR in text[:2000]
+
+
 def assemble(title: str, byline: str, summaries: str, contents: str, sections: list[str]) -> str:
     """A page of its parts, all but the title as HTML, with the one style and script."""
     here = Path(__file__).parent
     script = (here / "report.js").read_text(encoding="utf-8")
     fields = {
+        "generator": GENERATOR,
         "title": escape(title),
         "byline": byline,
         "summaries": summaries,
@@ -538,7 +547,7 @@ class _Images:
     """Thumbnails as data URIs, one encoding per file; counts what could not be read."""
 
     def __init__(self, folder: Path, side: int, quality: int):
-        self.folder, self.side, self.quality = folder.resolve(), side, quality
+        self.folder, self.side, self.quality = folder, side, quality
         self.encoded: dict[Path, tuple[str, bool] | None] = {}
         self.unreadable: set[str] = set()
 
@@ -555,12 +564,10 @@ class _Images:
         return f'<img{kind} src="{uri}" alt="{escape(text)}" tabindex="0" loading="lazy">'
 
     def _encode(self, name: str, side: int) -> tuple[str, bool] | None:
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder):
-            raise UserError(f"The image {name!r} lies outside {self.folder}; paths are relative to that folder.")
+        path = within(self.folder, name, links=False)
         if path not in self.encoded:
             self.encoded[path] = None
-            if path.is_file():
+            if os.path.isfile(path):
                 try:
                     self.encoded[path] = self._thumbnail(path, side)
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -682,13 +689,13 @@ def _sorted_rows(folder, split, figure, samples: list[list[dict]], references: d
             numbers = f"{score} {short(row['scores'][score])}"
             if metric in row["metrics"]:
                 numbers += f"\n{metric} {number(row['metrics'][metric], metric)}"
-            candidates.append((folder / row["image"], row["caption"], numbers))
+            candidates.append((within(folder, row["image"], links=False), row["caption"], numbers))
             data.append(
                 {"key": key, "model": model, "rank": place + 1, "caption": row["caption"]}
                 | {score: row["scores"][score], metric or "metric": row["metrics"].get(metric, "")}
             )
         text = (references.get(key) or [""])[0]
-        shown.append((folder / f"images/{split}/source/{key}.png", text, candidates))
+        shown.append((folder / f"images/{split}/source/{safe_name(key)}.png", text, candidates))
     if shown:
         figure("sorted", "candidates from the best score to the worst", sorted_rows, shown, data=data)
 
@@ -725,7 +732,7 @@ def _card(
         )
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     values = escape(json.dumps({name: _outcomes(rows, name, score) for name in names}))
-    source = images.element(f"images/{split}/source/{key}.png", f"source {key}", factor=2)
+    source = images.element(f"images/{split}/source/{safe_name(key)}.png", f"source {key}", factor=2)
     captions = "".join(f"<li>{escape(caption)}</li>" for caption in references)
     if kind is IMAGES and references:
         captions = captions.replace("<li>", "<li><b>", 1).replace("</li>", "</b></li>", 1)

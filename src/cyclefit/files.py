@@ -1,0 +1,99 @@
+"""What names may become paths, and what may be overwritten: a sample's key is mapped, what a user chose is refused."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from cyclefit import UserError
+
+_DEVICES = r"(?!(?i:con|prn|aux|nul|com\d|lpt\d)(?:\.|\Z))"  # Windows opens these whatever their suffix
+_SAFE = re.compile(_DEVICES + r"[a-z0-9_-]{1,100}")
+_CHOSEN = re.compile(_DEVICES + r"\w[\w.-]*(?<!\.)")
+
+
+def safe_name(key: str) -> str:
+    """A sample's key as the name of a file, without suffix: a function of the key alone, unique on any file system.
+
+    Keys of lower-case letters, digits, `_` and `-` keep their name. Others get a hash after `~`, which no kept name
+    has; capitals too, because some file systems take `A.png` and `a.png` for one.
+    """
+    if _SAFE.fullmatch(key):
+        return key
+    digest = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', key)[:60]}~{digest}"
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises UserError where a name that a user chose cannot be that of a file or folder everywhere."""
+    if not _CHOSEN.fullmatch(name) or len(name.encode()) > 100:
+        raise UserError(
+            f"{what} {name!r:.120} cannot be part of a file's name: use letters, digits, '_', '-' and '.', at most 100 "
+            "bytes, beginning with a letter or digit, not ending in '.', and no device of Windows such as CON"
+        )
+
+
+def check_names(names: Iterable[str], what: str) -> None:
+    """`check_name` for names that stand beside each other.
+
+    Raises:
+        UserError: also where two differ in case only, which some file systems ignore.
+
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        check_name(name, what)
+        if (other := known.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"{what} {name!r} differs from {other!r} in case only: rename one of them")
+
+
+def within(folder: Path, name: str, what: str = "the image", *, links: bool = True) -> Path:
+    """The file of `folder` that data name; with `links`, symbolic links may lead out of it.
+
+    Raises:
+        UserError: it lies outside.
+
+    """
+    path = folder / name
+    inside = "\0" not in name
+    if inside and (os.path.isabs(name) or ".." in Path(name).parts):
+        # `..` after a link is another folder for the system than for the reader of the name.
+        root, path = Path(os.path.abspath(folder)), Path(os.path.abspath(path))
+        inside = path.is_relative_to(root)
+    if inside and not links:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside:
+        raise UserError(f"{what} {name!r:.120} lies outside {folder}: only files in that folder are read")
+    return path
+
+
+def check_out_file(path: Path, own: Callable[[str], bool], what: str) -> None:
+    """Raises UserError where writing `path` would overwrite what is not `what`, by the file's text."""
+    _check_above(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: --out names the file to write")
+    if path.exists() and not (path.is_file() and own(path.read_text(encoding="utf-8", errors="replace"))):
+        raise UserError(f"{path} exists and is no {what}: choose another --out, or delete it")
+
+
+def check_out_folder(folder: Path, own: Callable[[Path], bool], what: str) -> None:
+    """Raises UserError where `folder` is neither new nor empty nor an earlier `what`."""
+    _check_above(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: --out names the folder to write")
+    if folder.is_dir() and any(folder.iterdir()) and not own(folder):
+        raise UserError(f"{folder} holds files and is no {what}: choose another --out, or empty it")
+
+
+def _check_above(path: Path) -> None:
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"{path} cannot be written: {above} is a file; choose another --out")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a file that is either whole or as it was; half a surrogate pair is written as its escape."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    partial.replace(path)
