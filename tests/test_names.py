@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 
 def hostile(victim) -> list[str]:
-    up = ["../" * n + "victim" for n in range(1, 8)]
+    up = ["../" * n + "victim" for n in (1, 2, 4, 6)]
     strange = ["line\nbreak", "l" * 300, "\u202egnp.exe", "CON", "nul", "Twin", "twin", "é\0zero", "-rf", "a b", "~x"]
     return ["plain-1", str(victim.with_suffix("")), "x/../../../victim", "..\\..\\victim", *up, *strange]
 
