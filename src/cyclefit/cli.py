@@ -9,17 +9,21 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver, _launch_process_observer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -198,23 +202,30 @@ class LastCheckpoint(ModelCheckpoint):
             return
         said = f"saved as of step {trainer.global_step}; continue with: {continuation()}"
         try:
-            if self._moving:
-                batch = trainer.fit_loop.epoch_loop.batch_progress.current
-                if batch.processed < batch.ready:
-                    raise UserError("it was amid an update of the weights")
-                self._note(trainer)
-            if self._position is None:
-                return
-            pl_module.settle()
-            if self._last_global_step_saved != trainer.global_step:
-                if not all(parameter.isfinite().all() for parameter in pl_module.state_dict().values()):
-                    raise UserError("the weights are not finite")
-                self._save_position(trainer)
+            with unwatched(trainer):
+                if not self._rescue(trainer, pl_module):
+                    return
         except Exception as error:  # whatever it is, the first error is the one to show
             if str(error) == str(exception):
                 return
             said = f"what was trained after the last checkpoint could not be saved: {error}"
         exception.add_note(said)
+
+    def _rescue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Saves the last step, if it is not saved yet; whether there is one."""
+        if self._moving:
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current
+            if batch.processed < batch.ready:
+                raise UserError("the error came amid an update of the weights")
+            self._note(trainer)
+        if self._position is None:
+            return False
+        pl_module.settle()
+        if self._last_global_step_saved != trainer.global_step:
+            if not all(parameter.isfinite().all() for parameter in pl_module.state_dict().values()):
+                raise UserError("the weights are not finite")
+            self._save_position(trainer)
+        return True
 
     def _note(self, trainer: L.Trainer) -> None:
         loop = trainer.fit_loop
@@ -251,6 +262,30 @@ class LastCheckpoint(ModelCheckpoint):
         path = Path(self.dirpath) / f"{self.filename}.ckpt"
         if self._last_global_step_saved != trainer.global_step:
             self._save_checkpoint(trainer, str(path))
+
+
+class FitWithLastValidation(_FitLoop):
+    """A fit that is not done before its last validation: continued where that failed, it is what is left to do."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is neither a step nor a validation left."""
+        validation = self.epoch_loop.val_loop.batch_progress.total
+        amid = self.restarting and validation.processed < validation.started
+        return not (amid and self.epoch_loop._should_check_val_fx(self._data_fetcher)) and super().done
+
+
+@contextmanager
+def unwatched(trainer: L.Trainer) -> Iterator[None]:
+    """Time for the first rank: Lightning kills it within five seconds of the end of a process that it has launched."""
+    watching = [thread for thread in threading.enumerate() if isinstance(thread, _ChildProcessObserver)]
+    for thread in watching:
+        thread._child_processes = []
+    try:
+        yield
+    finally:
+        if watching:
+            _launch_process_observer(trainer.strategy.launcher.procs)
 
 
 class StopOnSignal(Callback):
@@ -392,7 +427,9 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.fit_loop.__class__ = FitWithLastValidation  # the trainer builds its own, from arguments of several
+        return trainer
 
     def _progress(self) -> list[Callback]:
         return [RichProgressBar()] if self.config.trainer.enable_progress_bar in (None, True) else []

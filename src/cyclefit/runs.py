@@ -168,9 +168,7 @@ def newest(folder: Path) -> tuple[Path, str | None]:
     """
     found = saved(folder)
     if not found:
-        start = (
-            "start it anew with --ckpt_path auto" if has_trained(folder) else "leave out --ckpt_path to start the run"
-        )
+        how = "start it anew with --ckpt_path auto" if has_trained(folder) else "leave out --ckpt_path to start the run"
         raise UserError(f"there is no checkpoint {folder}/checkpoints/last.ckpt: {how}")
     damages = [f"{path} is damaged ({reason})" for path in found if (reason := damage(path))]
     if len(damages) == len(found):
