@@ -1,5 +1,11 @@
 """Evaluates finetuned models against reranked inference: `python evaluate.py captions --config NAME`."""
 
+import sys
+from pathlib import Path
+
+# What is missing from a Python, and which one has it, is said by the package itself.
+sys.path.append(str(Path(__file__).resolve().parent / "src"))
+
 from cyclefit.start import importing, resolve_configs, run
 
 

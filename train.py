@@ -1,5 +1,11 @@
 """Finetunes a captioner or a generator: `python train.py --config cycle_blip.yaml`."""
 
+import sys
+from pathlib import Path
+
+# What is missing from a Python, and which one has it, is said by the package itself.
+sys.path.append(str(Path(__file__).resolve().parent / "src"))
+
 from cyclefit.start import importing, resolve_configs, run
 
 

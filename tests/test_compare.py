@@ -141,7 +141,7 @@ def test_runs_that_cannot_be_compared_are_named(folder, compare, tmp_path, capsy
     out = compare("plain", str(part), str(broken), str(tmp_path / "nothing"))
     said = capsys.readouterr().out
     assert "unfinished: part, 2 of 9 steps" in said
-    assert re.search(r"left out: .*broken: cannot be read", said)
+    assert re.search(r"left out: .*last.ckpt is damaged", said)
     assert re.search(r"left out: .*nothing: no config.yaml", said)
     table = {row["run"]: row for row in read(out / "comparison.csv")}
     assert set(table) == {"plain", "part"}

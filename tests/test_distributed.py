@@ -162,6 +162,13 @@ def test_a_rank_that_dies_takes_the_job_down(rank, tmp_path, world):
     done, seconds = run_on(world / "finetune", tmp_path, world, *accident)
     assert done.returncode not in (0, None)
     assert seconds < 120
+    assert "Traceback" not in done.stdout
+    [said] = re.findall("^error: .*", done.stdout, re.MULTILINE)
+    assert said.startswith(f"error: rank {1 - rank} of 2 has lost contact with another rank")
+    assert re.search(r"continue with: python train\.py .*--ckpt_path " + ("auto", "last")[rank], said)
+    if rank:  # the first one, still there, has saved the step that both had taken
+        assert "saved as of step 3" in said
+        assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_auto_waits_no_longer_than_ten_minutes_for_another_rank():

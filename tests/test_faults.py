@@ -3,18 +3,26 @@
 import gzip
 import json
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
 from cyclefit.data.read import Bad
+from cyclefit.export import main as export
+from cyclefit.runs import RESUMABLE, hold, load_run, newest, read_checkpoint, read_run
 from tests.conftest import ROOT
 from tests.probes import ENVIRONMENT, command, ended
 from tests.test_data_read import captions, encoded, tar
@@ -173,6 +181,182 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, world):
     said = finished(process)
     assert process.returncode not in (0, None), said[-3000:]
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_run_is_one_process_s(tmp_path, world, launch):
+    """A second process is told who has it; killed, the first one holds nothing, though a worker of its loader lives."""
+    process = started(tmp_path, world, "--data.num_workers=1")
+    try:
+        for more in ([], ["--ckpt_path=auto"], ["--ckpt_path=last"]):
+            with pytest.raises(UserError, match=rf"run is in use by process {process.pid} on \S+ since 20.*--name"):
+                launch("miniature_blip.yaml", "run", *more)
+        process.kill()
+        process.wait()
+        run = launch("miniature_blip.yaml", "run", "--ckpt_path=auto", steps=1)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert not (run / ".lock").exists()
+
+
+def test_a_folder_is_held_by_one_and_left_as_it_was(tmp_path):
+    folder = tmp_path / "new" / "evaluation"
+    with hold(folder, "--out"):
+        with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .*choose another --out"):
+            with hold(folder, "--out"):
+                pass
+        assert folder.is_dir()
+    assert not folder.exists()
+    with hold(folder, "--out"):
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+    with pytest.raises(UserError, match=r"cannot be a folder, since .*/result is a file: choose another --out"):
+        with hold(folder / "result" / "deeper", "--out"):
+            pass
+
+
+def test_a_run_exists_once_it_has_trained(launch, tmp_path):
+    """What fails before leaves nothing that asks for another command, and changes no run."""
+    run = tmp_path / "run"
+    for mistake in ("--data.train=nowhere", "--model.captioner.trainable=none", "--data.validation=nowhere"):
+        for more in ([], ["--ckpt_path=auto"]):
+            with pytest.raises(ValueError):
+                launch("miniature_blip.yaml", "run", mistake, *more)
+            assert not (run / "config.yaml").exists()
+        with pytest.raises(UserError, match="leave out --ckpt_path to start the run"):
+            launch("miniature_blip.yaml", "run", "--ckpt_path=last")
+    launch("miniature_blip.yaml", "run", "--model.warmup_steps=7", steps=1)
+    config = (run / "config.yaml").read_text()
+    assert "warmup_steps: 7" in config
+    for mistake in ("--data.train=nowhere", "--model.captioner.trainable=cross-attention"):
+        with pytest.raises(UserError):
+            launch("miniature_blip.yaml", "run", "--ckpt_path=last", mistake)
+        assert (run / "config.yaml").read_text() == config
+    with pytest.raises(UserError, match="already holds a run: continue it with --ckpt_path last"):
+        launch("miniature_blip.yaml", "run")
+    shutil.rmtree(run / "checkpoints")  # as if killed before anything was saved
+    with pytest.raises(UserError, match="already holds a run: .*start it anew with --ckpt_path auto"):
+        launch("miniature_blip.yaml", "run")
+    with pytest.raises(UserError, match="start it anew with --ckpt_path auto"):
+        launch("miniature_blip.yaml", "run", "--ckpt_path=last")
+    launch("miniature_blip.yaml", "run", "--ckpt_path=auto", steps=1)
+
+
+def test_runs_that_are_a_file_are_one_sentence(launch, tmp_path):
+    (tmp_path / "file").touch()
+    for runs in ("file", "file/deeper"):
+        with pytest.raises(UserError, match=rf"run cannot be a folder, since {tmp_path}/file is a file: .*--runs"):
+            launch("miniature_blip.yaml", "run", f"--runs={tmp_path / runs}")
+
+
+class Reducer:
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+def strange(folder: Path, mark: Path) -> list[Path]:
+    """Files in place of a checkpoint."""
+    folder.mkdir()
+    tensors = {"weight": torch.ones(2)}
+    run = {key: kind() for key, kind in RESUMABLE.items()}
+    states = {
+        "reducer": Reducer(mark), "inside": run | {"callbacks": {"x": Reducer(mark)}}, "module": torch.nn.Linear(2, 2),
+        "plain": tensors, "lightning": {"state_dict": tensors, "epoch": 1}, "list": [1, 2], "tensor": tensors["weight"],
+        "types": run | {"global_step": "1"}, "values": run | {"state_dict": {"weight": Reducer(mark)}},
+    }  # fmt: skip
+    for name, state in states.items():
+        torch.save(state, folder / f"{name}.ckpt")
+    torch.save(states["reducer"], folder / "legacy.ckpt", _use_new_zipfile_serialization=False)
+    (folder / "pickle.ckpt").write_bytes(pickle.dumps(states["reducer"]))
+    (folder / "text.ckpt").write_text("no checkpoint")
+    (folder / "empty.ckpt").touch()
+    save_file(tensors, folder / "model.safetensors")
+    with zipfile.ZipFile(folder / "zip.ckpt", "w") as archive:
+        archive.writestr("readme.txt", "no checkpoint")
+    with zipfile.ZipFile(folder / "bytes.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02broken")
+        archive.writestr("archive/version", "3")
+    (folder / "folder.ckpt").mkdir()
+    return sorted(folder.iterdir())
+
+
+def test_strange_checkpoints_are_one_sentence_and_run_no_code(tmp_path, launch):
+    mark, run = tmp_path / "ran", tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: {}")
+    readers = [
+        lambda path: read_checkpoint(path, RESUMABLE), lambda path: read_checkpoint(path, RESUMABLE, verify=False),
+        lambda path: launch("miniature_blip.yaml", "new", f"--ckpt_path={path}"),
+        lambda path: launch("miniature_blip.yaml", "run", "--ckpt_path=last"), lambda path: load_run(run),
+        lambda path: export([str(run), "--format=blip", f"--out={tmp_path / 'out'}"]),
+    ]  # fmt: skip
+    for path in strange(tmp_path / "strange", mark):
+        last = run / "checkpoints" / "last.ckpt"
+        if path.is_file():
+            shutil.copy(path, last)
+        for number, read in enumerate(readers if path.is_file() else readers[:3]):
+            try:
+                with pytest.raises(UserError) as refused:
+                    read(path)
+            except BaseException as error:
+                raise AssertionError(f"{path.name}, reader {number}") from error
+            said = str(refused.value)
+            assert str(path) in said or str(last) in said
+            assert re.search("no checkpoint that a run has saved|not a checkpoint|damaged", said)
+            assert "\n" not in said
+            assert "weights_only" not in said
+    assert not mark.exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_checkpoint_of_another_model_is_one_sentence(tmp_path, launch):
+    """Of the same parameters in another shape, as those of a larger model are."""
+    run = launch("miniature_blip.yaml", "run", steps=1)
+    last = run / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    name = min(state["state_dict"])
+    state["state_dict"][name] = torch.zeros(3, 5)
+    torch.save(state, last)
+    with pytest.raises(UserError, match=rf"does not fit the configuration: 1 have another shape \({name}\)"):
+        launch("miniature_blip.yaml", "run", "--ckpt_path=last")
+    with pytest.raises(UserError, match=rf"does not fit its config.yaml: {name.partition('.')[2]} has another shape"):
+        load_run(run)
+    (run / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml is no configuration"):
+        read_run(run)
+    assert newest(run)[0] == last
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_python_without_packages_is_told_which_one_has_them(script, tmp_path):
+    """An interpreter without site-packages: the project's own is named where there is one, else how to make it."""
+    project = tmp_path / "project"
+    (project / "src" / "cyclefit").mkdir(parents=True)
+    for name in (script, "Makefile", "src/cyclefit/__init__.py", "src/cyclefit/start.py"):
+        shutil.copy(ROOT / name, project / name)
+    for name in ("cli.py", "evaluate.py"):
+        (project / "src" / "cyclefit" / name).write_text("import torch\n")
+    bare = [sys.executable, "-I", "-S"]
+
+    def said(*arguments, cwd=project):
+        done = subprocess.run([*bare, *arguments], cwd=cwd, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    none = f"error: {sys.executable} has no package 'torch': "
+    assert said(script, "--name", "a b") == none + "run `make setup` in ., which makes .venv/bin/python\n"
+    python = project / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert said(script, "--name", "a b") == none + f"run it with .venv/bin/python {script} --name 'a b'\n"
+    assert said(f"project/{script}", cwd=tmp_path) == none + f"run it with project/.venv/bin/python project/{script}\n"
+    real = subprocess.run([*bare, ROOT / script, "--name", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert real.returncode == 2
+    assert re.fullmatch(r"error: .* has no package '\w+': .*\n", real.stderr)
 
 
 def test_wandb_that_does_not_answer_is_said_and_logged_offline(tmp_path, world, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyclefit import UserError
+from cyclefit import UserError, cli
+from cyclefit.finetune import GeneratorFinetune
 from cyclefit.runs import damage, newest, read_run, write_checkpoint
 from tests.conftest import ROOT
 from tests.probes import ENVIRONMENT, command, ended
@@ -96,8 +98,78 @@ def test_killed_again_and_again_it_ends_bit_identical(processes, kills, tmp_path
         assert process.returncode == 0, said[-3000:]
     assert lines(run) == lines(tmp_path / "whole")
     left, right = checkpoint(run), checkpoint(tmp_path / "whole")
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ema", "global_step", "epoch"):
+    for part in PARTS:
         same(left[part], right[part], part)
+
+
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ema", "global_step", "epoch")
+# Epochs of three steps, a validation after every second one.
+ERRORS = [
+    ("objective", 3), ("objective", 5), ("validation_step", 2), ("validation_results", 6), ("on_train_batch_end", 2),
+    ("on_train_batch_end", 3), ("log_metrics", 3), ("log_metrics", 4), ("save_checkpoint", 4), ("validation_step", 8),
+]  # fmt: skip
+
+
+def test_an_error_at_any_place_loses_no_step(launch, monkeypatch):
+    """It leaves `last.ckpt` of the step before it, and the run goes on as if it had not been, validations included."""
+    owners = {"objective": GeneratorFinetune, "validation_step": GeneratorFinetune}
+    owners |= {"validation_results": GeneratorFinetune, "on_train_batch_end": cli.StopOnSignal}
+    owners |= {"log_metrics": cli.JsonlLogger, "save_checkpoint": cli.WholeCheckpoints}
+    settings = ["--model.ema_decay=0.9", "--model.validation_images=2", "--data.validation_size=8"]
+    whole = launch("miniature_sd_lora.yaml", "whole", *settings, steps=8)
+    for place, step in ERRORS:
+        name, original = f"{place}-{step}", getattr(owners[place], place)
+
+        def failing(self, *args, place=place, step=step, original=original, **kwargs):
+            if place == "log_metrics":
+                now = kwargs["step"] + 1
+            elif place == "save_checkpoint":
+                now = args[0]["global_step"] if Path(args[1]).stem == "best" else None
+            else:
+                now = getattr(args[0], "global_step", None) or self.global_step
+            if now == step:
+                raise OSError("something fails")
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owners[place], place, failing)
+            with pytest.raises(OSError, match="something fails") as failed:
+                launch("miniature_sd_lora.yaml", name, *settings, steps=8)
+        run = whole.parent / name
+        assert re.match(rf"saved as of step {step}; continue with: .*--ckpt_path last", failed.value.__notes__[0]), name
+        assert checkpoint(run)["global_step"] == step, name
+        launch("miniature_sd_lora.yaml", name, *settings, "--ckpt_path=last", steps=8)
+        assert lines(run) == lines(whole), name
+        for part in PARTS:
+            same(checkpoint(run)[part], checkpoint(whole)[part], f"{name}: {part}")
+        scores = [torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] for r in (run, whole)]
+        assert scores[0] == scores[1], name
+
+
+def test_weights_in_an_unknown_state_are_not_saved(launch, tmp_path, monkeypatch):
+    """An error amid an update, and one after weights were lost that no loss has shown yet."""
+
+    def amid(self, closure):
+        closure()
+        raise OSError("something fails")
+
+    def lost(self, *_):
+        if self.global_step:
+            next(iter(self.trained.values())).data.fill_(torch.nan)
+            raise OSError("something fails")
+        return objective(self, *_)
+
+    objective = GeneratorFinetune.objective
+    accidents = {
+        "the error came amid an update": (torch.optim.AdamW, "step", amid),
+        "the weights are not finite": (GeneratorFinetune, "objective", lost),
+    }
+    for reason, accident in accidents.items():
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="something fails") as failed:
+            patch.setattr(*accident)
+            launch("miniature_sd_lora.yaml", "run", "--ckpt_path=auto", "--trainer.log_every_n_steps=50", steps=2)
+        assert f"could not be saved: {reason}" in failed.value.__notes__[0]
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 @pytest.fixture

@@ -1,31 +1,40 @@
 """The command line: LightningCLI, bare config names, one run in one folder."""
 
+import copy
+import itertools
 import json
 import logging
-import math
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver, _launch_process_observer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
-from cyclefit.runs import newest, saved, write_checkpoint
+from cyclefit.runs import RESUMABLE, has_trained, hold, newest, read_checkpoint, saved, write_checkpoint
 from cyclefit.start import resolve_configs
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
@@ -74,13 +83,14 @@ class JsonlLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Appends one line.
 
-        The first one of a process says when that began, and takes the place of what a killed run wrote of its step and
-        later ones.
+        The first one of a process says when that began, and takes the place of what a killed run wrote of the same, and
+        of all after it.
         """
         path = self.folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.started and path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) < (step or 0)]
+            before = path.read_text().splitlines(keepends=True)
+            kept = list(itertools.takewhile(lambda line: not _repeats(line, step or 0, metrics), before))
             partial = path.with_suffix(".partial")
             partial.write_text("".join(kept))
             partial.replace(path)
@@ -99,11 +109,14 @@ def _gpus() -> int:
     return ranks if torch.cuda.is_available() else 0
 
 
-def _step(line: str) -> float:
+def _repeats(line: str, step: int, metrics: dict) -> bool:
+    """Whether a row, or what is left of one, is of the same as these metrics or of something later."""
     try:
-        return json.loads(line)["step"]
+        row = json.loads(line)
     except ValueError:
-        return math.inf
+        return True
+    # A validation has the number of the step before it.
+    return row["step"] > step or (row["step"] == step and bool(row.keys() & metrics.keys() - {"epoch"}))
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -117,13 +130,21 @@ class WholeCheckpoints(TorchCheckpointIO):
 class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder and hands the same to W&B; rank 0 only."""
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Writes the file whole or not at all, and logs the nested configuration."""
+    written = False
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer) -> None:
+        """Writes the file, whole or not at all, once the first step is certain: what fails before it changes no run."""
+        if self.written or not trainer.is_global_zero:
+            return
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(self.parser.dump(self.config, skip_none=False))
         partial.replace(path)
+        self.written = True
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Logs the nested configuration."""
         config = self.parser.dump(self.config, format="json", skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -133,28 +154,105 @@ class SaveRunConfig(SaveConfigCallback):
 class LastCheckpoint(ModelCheckpoint):
     """`last.ckpt`, the newest state: at the end of every validation, every 15 minutes, and wherever the fit ends.
 
+    Where an error ends it, that is the state after the last optimizer step, with its validation still to come if that
+    is what failed. Lightning's counters are amid something then, so they are noted after each step.
+
     ModelCheckpoint's own `save_last` beside a `monitor` writes only where the metric improved; its own
     `train_time_interval` has the ranks agree, and the GPU wait, in every step: here they do in every logging step.
     """
 
     interval = 15 * 60.0
     """Seconds."""
+    _position: dict | None = None
+    _unvalidated = False
+    _moving = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the clock."""
         self._saved_at = time.monotonic()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer) -> None:
+        """From here to the end of the batch the weights are in no state that is known."""
+        self._moving = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
         """Saves where the last time is long ago, and where the fit is asked to stop.
 
         Once it has ended, Lightning counts the epoch as complete.
         """
+        if self._moving:
+            self._note(trainer)
         due = trainer.should_stop
         if not due and (batch_idx + 1) % trainer.log_every_n_steps == 0:
             late = time.monotonic() - self._saved_at > self.interval
             due = trainer.strategy.reduce_boolean_decision(late, all=False)
-        if due:
-            self._save_checkpoint(trainer, str(Path(self.dirpath) / f"{self.filename}.ckpt"))
+        if due and self._position:
+            self._save_position(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Saves."""
+        self._unvalidated = False
+        super().on_validation_end(trainer, pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves the last step and says so with the error; on the first rank, without asking the others.
+
+        A second Ctrl-C is to end the run at once.
+        """
+        if isinstance(exception, KeyboardInterrupt) or not trainer.is_global_zero:
+            return
+        said = f"saved as of step {trainer.global_step}; continue with: {continuation()}"
+        try:
+            with unwatched(trainer):
+                if not self._rescue(trainer, pl_module):
+                    return
+        except Exception as error:  # whatever it is, the first error is the one to show
+            if str(error) == str(exception):
+                return
+            said = f"what was trained after the last checkpoint could not be saved: {error}"
+        exception.add_note(said)
+
+    def _rescue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
+        """Saves the last step, if it is not saved yet; whether there is one."""
+        if self._moving:
+            batch = trainer.fit_loop.epoch_loop.batch_progress.current
+            if batch.processed < batch.ready:
+                raise UserError("the error came amid an update of the weights")
+            self._note(trainer)
+        if self._position is None:
+            return False
+        pl_module.settle()
+        if self._last_global_step_saved != trainer.global_step:
+            if not all(parameter.isfinite().all() for parameter in pl_module.state_dict().values()):
+                raise UserError("the weights are not finite")
+            self._save_position(trainer)
+        return True
+
+    def _note(self, trainer: L.Trainer) -> None:
+        loop = trainer.fit_loop
+        data = trainer.datamodule
+        self._unvalidated = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self._position = {"epoch": trainer.current_epoch, type(data).__qualname__: data.state_dict()}
+        if self._unvalidated:  # what it changes is to be changed once
+            self._position["callbacks"] = copy.deepcopy(_call_callbacks_state_dict(trainer))
+        self._loops, self._moving = loop.state_dict(), False
+
+    def _save_position(self, trainer: L.Trainer) -> None:
+        """Saves the step that was noted last; no rank waits for another."""
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | self._position
+        loops = checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._loops)
+        if self._unvalidated:
+            # As Lightning has it amid a validation, which it begins anew if none of its batches are complete.
+            for progress in (loops["epoch_loop.batch_progress"][key] for key in ("total", "current")):
+                progress["completed"] = progress["processed"]
+            validation = loops["epoch_loop.val_loop.batch_progress"]
+            validation["current"] = dict.fromkeys(validation["current"], 0)
+            validation["total"] = validation["current"] | {"ready": 1, "started": 1}
+        if trainer.is_global_zero:
+            trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, Path(self.dirpath) / f"{self.filename}.ckpt")
+        self._saved_at = time.monotonic()
+        if not self._unvalidated:
+            self._last_global_step_saved = trainer.global_step
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -165,6 +263,30 @@ class LastCheckpoint(ModelCheckpoint):
         path = Path(self.dirpath) / f"{self.filename}.ckpt"
         if self._last_global_step_saved != trainer.global_step:
             self._save_checkpoint(trainer, str(path))
+
+
+class FitWithLastValidation(_FitLoop):
+    """A fit that is not done before its last validation: continued where that failed, it is what is left to do."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is neither a step nor a validation left."""
+        validation = self.epoch_loop.val_loop.batch_progress.total
+        amid = self.restarting and validation.processed < validation.started
+        return not (amid and self.epoch_loop._should_check_val_fx(self._data_fetcher)) and super().done
+
+
+@contextmanager
+def unwatched(trainer: L.Trainer) -> Iterator[None]:
+    """Time for the first rank: Lightning kills it within five seconds of the end of a process that it has launched."""
+    watching = [thread for thread in threading.enumerate() if isinstance(thread, _ChildProcessObserver)]
+    for thread in watching:
+        thread._child_processes = []
+    try:
+        yield
+    finally:
+        if watching:
+            _launch_process_observer(trainer.strategy.launcher.procs)
 
 
 class StopOnSignal(Callback):
@@ -226,7 +348,14 @@ class StopOnSignal(Callback):
 
 
 class RunCLI(LightningCLI):
-    """`train.py`'s command line: `--name`, `--ckpt_path`, and Lightning's own."""
+    """`train.py`'s command line: `--name`, `--ckpt_path`, and Lightning's own.
+
+    `held` is where the lock on the run's folder is released.
+    """
+
+    def __init__(self, held: ExitStack, *args, **kwargs):
+        self.held = held
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser) -> None:
         """What a run is called, where runs lie, and what it continues from."""
@@ -254,6 +383,8 @@ class RunCLI(LightningCLI):
         self.folder = Path(config.runs) / config.name
         if config.dry_run:
             return
+        if rank_zero_only.rank == 0:  # of a launch
+            self.held.enter_context(hold(self.folder, "--name or --runs"))
         self.ckpt_path = config.ckpt_path
         if self.ckpt_path == "auto":  # `last`, or from the start where nothing was saved yet
             self.ckpt_path = "last" if saved(self.folder) else None
@@ -264,11 +395,15 @@ class RunCLI(LightningCLI):
                 rank_zero_warn(f"{passed_over}; continuing from {path}")
         elif self.ckpt_path and not Path(self.ckpt_path).exists():
             raise UserError(f"there is no checkpoint {self.ckpt_path}: leave out --ckpt_path to start the run")
-        if not config.ckpt_path and (self.folder / "config.yaml").exists() and rank_zero_only.rank == 0:
-            raise UserError(
-                f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
-                "delete it"
+        if self.ckpt_path:
+            read_checkpoint(Path(self.ckpt_path), RESUMABLE, verify=config.ckpt_path not in ("last", "auto"))
+        if not config.ckpt_path and has_trained(self.folder):
+            how = (
+                "continue it with --ckpt_path last"
+                if saved(self.folder)
+                else "it has saved nothing, so start it anew with --ckpt_path auto"
             )
+            raise UserError(f"{self.folder} already holds a run: {how}, choose another --name, or delete it")
         config.trainer.default_root_dir = str(self.folder)
 
     def instantiate_classes(self) -> None:
@@ -296,7 +431,9 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.fit_loop.__class__ = FitWithLastValidation  # the trainer builds its own, from arguments of several
+        return trainer
 
     def _progress(self) -> list[Callback]:
         return [RichProgressBar()] if self.config.trainer.enable_progress_bar in (None, True) else []
@@ -336,6 +473,17 @@ def wandb_mode(folder: Path) -> str:
         return "offline"
 
 
+def continuation(checkpoint: str = "last") -> str:
+    """The command that continues this run."""
+    again = "" if re.search(r"--ckpt_path[= ](last|auto)\b", " ".join(sys.argv)) else f" --ckpt_path {checkpoint}"
+    return shlex.join(["python", *sys.argv]) + again
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether it is what torch.distributed raises when another process is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+
+
 def train(arguments: list[str]) -> int:
     """Trains as the config says; returns the exit status: 128 + n after signal n, as a shell has it."""
     # Lightning relaunches sys.argv for further processes: names are resolved in place.
@@ -344,7 +492,13 @@ def train(arguments: list[str]) -> int:
     # Frozen partners are in eval mode on purpose; the fit asserts it.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r".*LeafSpec.*")
+    with ExitStack() as held:
+        return _train(held)
+
+
+def _train(held: ExitStack) -> int:
     cli = RunCLI(
+        held,
         Finetune,
         ShardData,
         subclass_mode_model=True,
@@ -360,11 +514,18 @@ def train(arguments: list[str]) -> int:
 
         report(cli.model, cli.config)
         return 0
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.ckpt_path, weights_only=True)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        saved_by = getattr(error, "__notes__", None) or [f"continue with: {continuation('auto')}"]
+        raise UserError(
+            f"rank {cli.trainer.global_rank} of {cli.trainer.world_size} has lost contact with another rank, which was "
+            f"killed or has failed with an error of its own; {saved_by[0]}"
+        ) from error
     if cli.stop.received:
-        command = " ".join(["python", *sys.argv])
-        again = "" if "--ckpt_path" in command else " --ckpt_path last"
-        rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {command}{again}")
+        rank_zero_info(f"stopped at step {cli.trainer.global_step}, saved; continue with: {continuation()}")
         return 128 + cli.stop.received
     rank_zero_info(f"finished: {cli.folder}")
     return 0

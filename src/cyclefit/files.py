@@ -82,7 +82,8 @@ def check_out_folder(folder: Path, own: Callable[[Path], bool], what: str) -> No
     _check_above(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: --out names the folder to write")
-    if folder.is_dir() and any(folder.iterdir()) and not own(folder):
+    # A lock says that a process works there, or did until it was killed.
+    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()) and not own(folder):
         raise UserError(f"{folder} holds files and is no {what}: choose another --out, or empty it")
 
 

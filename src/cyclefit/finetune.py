@@ -63,12 +63,18 @@ class Finetune(L.LightningModule, ABC):
             UserError: the checkpoint holds other parameters than this configuration trains.
 
         """
-        missing, unknown = self.trained.keys() - state_dict.keys(), state_dict.keys() - self.trained.keys()
-        if missing or unknown:
+        own = self.trained
+        reshaped = {name for name in own.keys() & state_dict.keys() if own[name].shape != state_dict[name].shape}
+        odd = {
+            "trained parameters are not in it": own.keys() - state_dict.keys(),
+            "in it are not trained": state_dict.keys() - own.keys(),
+            "have another shape": reshaped,
+        }
+        said = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in odd.items() if names]
+        if said:
             raise UserError(
-                f"the checkpoint does not fit the configuration: {len(missing)} trained parameters are not in it "
-                f"({', '.join(sorted(missing)[:3])}), {len(unknown)} in it are not trained "
-                f"({', '.join(sorted(unknown)[:3])}); use the config.yaml of the run the checkpoint comes from"
+                f"the checkpoint does not fit the configuration: {', '.join(said)}; use the config.yaml of the run the "
+                "checkpoint comes from"
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -144,9 +150,9 @@ class Finetune(L.LightningModule, ABC):
             UserError: a loss was not finite; the message names the step and the samples.
 
         """
-        before, watched, self._watched = self._sound, self._watched, []
+        before, watched = self._sound, self._watched
         if not watched or torch.cat([finite for _, _, finite in watched]).all():
-            self._sound = watched[-1][1] if watched else before
+            self._sound, self._watched = watched[-1][1] if watched else before, []
             return
         lost = next(i for i, (_, _, finite) in enumerate(watched) if not finite.all())
         step, keys, finite = watched[lost]
@@ -158,6 +164,9 @@ class Finetune(L.LightningModule, ABC):
             f"the loss is not finite at step {step}; samples: {', '.join(samples)}{suspects}. The last "
             "checkpoint is older: take them out or lower the learning rate, and continue with --ckpt_path last"
         )
+
+    def settle(self) -> None:
+        """Puts back the trained parameters where validation was left with others in their place."""
 
     def on_validation_start(self) -> None:
         """Nothing is validated that is lost."""
@@ -435,6 +444,11 @@ class GeneratorFinetune(Finetune):
             self.ema.store(self._averaged)
             self.ema.copy_to(self._averaged)
 
+    def settle(self) -> None:
+        """Puts back the parameters in place of their average."""
+        if self.ema is not None and self.ema.temp_stored_params is not None:
+            self.ema.restore(self._averaged)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Draws the first prompts, captions what was drawn, and scores both with both scorers."""
         room = self.validation_images - self._seen
@@ -463,8 +477,7 @@ class GeneratorFinetune(Finetune):
 
     def validation_results(self) -> dict[str, Tensor]:
         """Similarities by every scorer, the captioner's NLL of the prompts, metrics of its captions."""
-        if self.ema is not None:
-            self.ema.restore(self._averaged)
+        self.settle()
         if not self.validation_images:
             return {}
         results = {name: mean.compute() for name, mean in self.means.items()}

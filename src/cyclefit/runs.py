@@ -1,12 +1,19 @@
 """A finetuned run as it lies on disk: its configuration, what it trained, and its models with those weights."""
 
+import errno
+import logging
 import os
+import socket
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cyclefit import UserError
@@ -15,6 +22,53 @@ from cyclefit.digests import digest
 from cyclefit.generators import Generator
 
 Which = Literal["captioner", "generator"]
+
+log = logging.getLogger(__name__)
+
+READABLE = {"state_dict": dict, "global_step": int}
+"""What of a checkpoint its readers need."""
+RESUMABLE = READABLE | {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+RESUMABLE |= {"pytorch-lightning_version": str}
+"""What of it a run needs that continues from it."""
+
+
+@contextmanager
+def hold(folder: Path, option: str) -> Iterator[None]:
+    """The folder as this process's own, until the block is left or the process ends, however it ends.
+
+    The lock is the kernel's, on the file `.lock`, which also says who holds it. `option` is what chooses the folder.
+
+    Raises:
+        UserError: another process holds it, or a file is in its place.
+
+    """
+    if in_place := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"{folder} cannot be a folder, since {in_place} is a file: choose another {option}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    lock, locked = FileLock(path, timeout=1, fallback_to_soft=False), True
+    try:
+        lock.acquire()
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
+    except Timeout:
+        holder = path.read_text().strip() or "another process"
+        raise UserError(
+            f"{folder} is in use by {holder}: wait for its end, stop it, or choose another {option}"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        log.warning("%s is on a file system without locks: let no second process write into it", folder)
+        locked = False
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if locked:
+            lock.release()
+        with suppress(OSError):  # where nothing was written, nothing stays
+            folder.rmdir()
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:
@@ -63,6 +117,49 @@ def saved(folder: Path) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+def has_trained(folder: Path) -> bool:
+    """Whether a folder holds what a run has trained; one that failed before its first step leaves none of it."""
+    log = folder / "metrics.jsonl"
+    return any((folder / "checkpoints").glob("*.ckpt")) or (log.exists() and log.stat().st_size > 0)
+
+
+def read_checkpoint(path: Path, needed: dict[str, type] = READABLE, verify: bool = True) -> dict:
+    """A checkpoint that a run has saved, memory-mapped; nothing in the file is executed.
+
+    Without `verify` its checksums are not looked at, for which all of it is read.
+
+    Raises:
+        UserError: it is none, or damaged.
+
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is a folder, not a checkpoint" if path.exists() else f"there is no checkpoint {path}")
+    none = f"{path} is no checkpoint that a run has saved"
+    if verify and (reason := damage(path)):
+        others = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt") if p != path and not damage(p)))
+        raise UserError(
+            f"{path} is damaged, or no checkpoint that a run has saved ({reason}); whole checkpoints beside it: "
+            f"{others or 'none'}"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # unpickling raises whatever strange bytes lead to
+        with suppress(Exception):
+            if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+                raise UserError(
+                    f"{none}: it asks for {', '.join(sorted(foreign)[:3])}; such a file can run any code and is not "
+                    "loaded"
+                ) from error
+        raise UserError(f"{none}: its contents cannot be read") from error
+    state = state if isinstance(state, dict) else {}
+    missing = [key for key, kind in needed.items() if not isinstance(state.get(key), kind)]
+    if missing or not all(isinstance(tensor, Tensor) for tensor in state["state_dict"].values()):
+        raise UserError(f"{none}: it lacks {missing[0] if missing else 'a state_dict of tensors'}")
+    return state
+
+
 def newest(folder: Path) -> tuple[Path, str | None]:
     """A run's newest whole checkpoint, and what is wrong with a newer one that is passed over.
 
@@ -72,9 +169,8 @@ def newest(folder: Path) -> tuple[Path, str | None]:
     """
     found = saved(folder)
     if not found:
-        raise UserError(
-            f"there is no checkpoint {folder}/checkpoints/last.ckpt: leave out --ckpt_path to start the run"
-        )
+        how = "start it anew with --ckpt_path auto" if has_trained(folder) else "leave out --ckpt_path to start the run"
+        raise UserError(f"there is no checkpoint {folder}/checkpoints/last.ckpt: {how}")
     damages = [f"{path} is damaged ({reason})" for path in found if (reason := damage(path))]
     if len(damages) == len(found):
         raise UserError(f"{'; '.join(damages)}: delete {folder} and start the run again")
@@ -89,7 +185,7 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
 
     Raises:
         FileNotFoundError: the folder holds no run, or no such checkpoint.
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged or none of a run, or the configuration is none.
 
     """
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
@@ -99,15 +195,19 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
     if not path.exists():
         saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    if reason := damage(path):
-        others = sorted(p.stem for p in path.parent.glob("*.ckpt") if p != path and not damage(p))
-        raise UserError(f"{path} is damaged ({reason}); whole checkpoints of the run: {', '.join(others) or 'none'}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.yaml is no configuration that a run has written")
+    state = read_checkpoint(path)
     # The moving average lists the same parameters in the same order.
-    tensors = state["ema"]["shadow_params"] if "ema" in state else state["state_dict"].values()
+    tensors = list(state.get("ema", {}).get("shadow_params", state["state_dict"].values()))
     # A run of both models holds each under one of its halves.
     names = [name.removeprefix("captioning.").removeprefix("drawing.") for name in state["state_dict"]]
+    if len(tensors) != len(names):
+        raise UserError(f"{path} is no checkpoint that a run has saved: its moving average is of other parameters")
     parameters = dict(zip(names, tensors, strict=True))
     about = {"steps": state["global_step"], "folder": str(folder), "digest": digest(parameters)}
     return config | about, parameters
@@ -134,10 +234,11 @@ def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner")
     parser.add_subclass_arguments({"captioner": Captioner, "generator": Generator}[which], which)
     parsed = parser.parse_object({which: config["model"]["init_args"][which]})
     model = parser.instantiate_classes(parsed)[which]
-    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if different := expected ^ trained.keys():
-        raise UserError(
-            f"checkpoint {checkpoint} of {folder} does not fit its config.yaml: {min(different)} is in one of them only"
-        )
+    expected = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: parameter.shape for name, parameter in trained.items()}
+    if different := dict(expected.items() ^ found.items()):
+        name = min(different)
+        how = "has another shape in each" if name in expected and name in found else "is in one of them only"
+        raise UserError(f"checkpoint {checkpoint} of {folder} does not fit its config.yaml: {name} {how}")
     model.load_state_dict(trained, strict=False)
     return model, config

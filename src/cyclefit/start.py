@@ -1,7 +1,14 @@
-"""What a command does before anything heavy is imported, and what it makes of a user's mistakes."""
+"""What a command does before anything heavy is imported, and what it makes of a user's mistakes.
+
+Any Python must be able to import this, with no package installed.
+"""
+
+from __future__ import annotations
 
 import errno
 import gc
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +16,8 @@ from pathlib import Path
 
 from cyclefit import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 
 
 @contextmanager
@@ -56,12 +64,30 @@ def run(function) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "cyclefit":
+            raise
+        print(f"error: {_python_without(error.name)}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, TypeError, OSError) as error:
         mistake = _mistake_behind(error)
         if mistake is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
+        print("\n".join([f"error: {mistake}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(2)
+
+
+def _python_without(module: str) -> str:
+    """What to do about a Python that lacks a package."""
+    environment = ROOT / ".venv"
+    python = environment / "bin" / "python"
+    if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
+        way_out = f"run it with {shlex.join([os.path.relpath(python), *sys.argv])}"
+    elif (ROOT / "Makefile").exists():
+        way_out = f"run `make setup` in {os.path.relpath(ROOT)}, which makes .venv/bin/python"
+    else:
+        way_out = "install the project into it with pip"
+    return f"{sys.executable} has no package {module!r}: {way_out}"
 
 
 def _mistake_behind(error: BaseException | None) -> BaseException | str | None:

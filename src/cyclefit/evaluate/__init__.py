@@ -1,13 +1,17 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
 from cyclefit.evaluate.score import score
+from cyclefit.runs import hold
 
 __all__ = ["JUDGES", "captions", "compare", "images", "main", "report", "score"]
 
@@ -49,8 +53,12 @@ def main(arguments: list[str]) -> int:
         if count:
             arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
     parsed = parser.parse_args(resolve_configs(arguments))
-    if parsed.subcommand in ("captions", "images"):  # before models are loaded
-        check_out(Path(parsed[parsed.subcommand].out), parsed.subcommand, parsed[parsed.subcommand].shards)
-    values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
-    values.pop("config", None)
-    return COMMANDS[parsed.subcommand](**values)
+    with ExitStack() as held:
+        if parsed.subcommand in ("captions", "images"):  # before models are loaded
+            out = Path(parsed[parsed.subcommand].out)
+            check_out(out, parsed.subcommand, parsed[parsed.subcommand].shards)
+            if rank_zero_only.rank == 0:  # of a launch
+                held.enter_context(hold(out, "--out"))
+        values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
+        values.pop("config", None)
+        return COMMANDS[parsed.subcommand](**values)

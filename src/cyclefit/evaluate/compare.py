@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Column, Table
@@ -141,12 +140,15 @@ def read_run(folder: Path) -> dict:
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         metrics, seconds, gpu_seconds = read_metrics(folder / "metrics.jsonl")
-        state = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", mmap=True, weights_only=True)
-        steps, planned = state["global_step"], config["trainer"]["max_steps"]
-        saved = [name for name in ("last", "best") if (folder / "checkpoints" / f"{name}.ckpt").exists()]
-        digests = [read_trained(folder, name)[0]["digest"] for name in saved]
+        last, _ = read_trained(folder)
+        steps, planned = last["steps"], config["trainer"]["max_steps"]
+        digests = [last["digest"]]
+        if (folder / "checkpoints" / "best.ckpt").exists():
+            digests.append(read_trained(folder, "best")[0]["digest"])
+    except UserError:
+        raise
     except FileNotFoundError as missing:
-        raise UserError(f"{folder}: no {Path(missing.filename).name}") from None
+        raise UserError(f"{folder}: no {Path(missing.filename).name}" if missing.filename else str(missing)) from None
     except Exception as error:  # yaml, json and torch raise whatever broken bytes lead to
         raise UserError(f"{folder}: cannot be read ({type(error).__name__})") from None
     return {"folder": folder, "config": config, "metrics": metrics, "seconds": seconds, "gpu_seconds": gpu_seconds,

@@ -67,10 +67,7 @@ def train_run(folder: Path, name: str, config: str, overrides: list[str], weight
     command += ["--trainer.enable_model_summary=false"]
     if weight is not None:
         command.append(f"--model.cycle.weight={weight}")
-    if (run / "checkpoints" / "last.ckpt").exists():
-        command += ["--ckpt_path", "last"]
-    elif run.exists():
-        (run / "config.yaml").unlink(missing_ok=True)
+    command += ["--ckpt_path", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
