@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "loading", "start"},
-    {"bridge"},
+    {"batch", "loading", "ranges", "start"},
+    {"bridge", "settings"},
     {"captioners", "generators", "scorers", "data", "metrics"},
     {"judges", "runs", "latents"},
     {"cycles", "rerank"},

@@ -25,6 +25,7 @@ from cyclefit import UserError
 from cyclefit.data import ShardData
 from cyclefit.finetune import Finetune
 from cyclefit.runs import newest, saved, write_checkpoint
+from cyclefit.settings import parse
 from cyclefit.start import resolve_configs
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
@@ -242,6 +243,10 @@ class RunCLI(LightningCLI):
             help="print what a step needs; nothing is downloaded or trained",
         )
 
+    def parse_arguments(self, parser, args) -> None:
+        """The settings, or one sentence about the first that is wrong."""
+        self.config = parse(parser, sys.argv[1:])
+
     def before_instantiate_classes(self) -> None:
         """Decides the run's folder before anything is built or downloaded."""
         config = self.config
@@ -349,6 +354,7 @@ def train(arguments: list[str]) -> int:
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         trainer_defaults={},
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         run=False,
     )
     if cli.config.dry_run:

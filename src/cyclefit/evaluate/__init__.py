@@ -1,7 +1,9 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
 import json
+from difflib import get_close_matches
 
+from cyclefit import UserError
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
@@ -32,21 +34,29 @@ def main(arguments: list[str]) -> int:
     """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
     from jsonargparse import ArgumentParser
 
+    from cyclefit.settings import parse
     from cyclefit.start import resolve_configs
 
-    parser = ArgumentParser(prog="evaluate.py", description="Evaluates finetuned models against reranked inference.")
-    commands = parser.add_subcommands()
+    description = "Evaluates finetuned models against reranked inference."
+    parser = ArgumentParser(prog="evaluate.py", description=description, exit_on_error=False, allow_abbrev=False)
+    commands, parsers = parser.add_subcommands(), {}
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.__doc__.split("\n\n")[0])
         sub.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
         sub.add_function_arguments(command)
         commands.add_subcommand(name, sub)
-    if arguments[:1] == ["compare"]:
+        parsers[name] = sub
+    name, *arguments = resolve_configs(arguments) or [""]
+    if name.startswith("-"):
+        parser.parse_args([name])
+    if name not in COMMANDS:
+        near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, COMMANDS, 1))
+        raise UserError(f"evaluate.py takes one of {', '.join(COMMANDS)}, not {name!r}{near}")
+    if name == "compare":
         # Runs stand by themselves, `compare runs/a runs/b`.
-        count = next((i for i, a in enumerate(arguments[1:]) if a.startswith("-")), len(arguments) - 1)
+        count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
         if count:
-            arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
-    parsed = parser.parse_args(resolve_configs(arguments))
-    values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
+            arguments = [f"--runs={json.dumps(arguments[:count])}", *arguments[count:]]
+    values = parsers[name].instantiate_classes(parse(parsers[name], arguments)).as_dict()
     values.pop("config", None)
-    return COMMANDS[parsed.subcommand](**values)
+    return COMMANDS[name](**values)

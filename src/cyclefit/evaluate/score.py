@@ -23,6 +23,7 @@ from cyclefit.metrics.captions import (
     tokenize,
 )
 from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
+from cyclefit.ranges import Positive
 from cyclefit.scorers import Scorer
 
 SHOWN = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "SPICE", "CLIPScore",
@@ -41,7 +42,7 @@ def score(
     corenlp: str | None = None,
     fetch_corenlp: bool = False,
     java_heap: str | None = None,
-    java_timeout: float = 3600.0,
+    java_timeout: Positive = 3600.0,
     images: str | None = None,
     scorer: Scorer | None = None,
 ) -> int:
