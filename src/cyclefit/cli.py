@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from cyclefit import UserError
@@ -246,6 +247,9 @@ class RunCLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         """The settings, or one sentence about the first that is wrong."""
         self.config = parse(parser, sys.argv[1:])
+        gpu = self.config.trainer.accelerator in ("gpu", "cuda")
+        if gpu and not self.config.dry_run and not torch.accelerator.is_available():
+            raise UserError("trainer.accelerator asks for a GPU, and torch finds none here: set it to auto or cpu")
 
     def before_instantiate_classes(self) -> None:
         """Decides the run's folder before anything is built or downloaded."""
@@ -297,7 +301,10 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _progress(self) -> list[Callback]:
         return [RichProgressBar()] if self.config.trainer.enable_progress_bar in (None, True) else []

@@ -3,7 +3,6 @@
 import textwrap
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Annotated
 
 import lightning.pytorch as L
 import numpy as np
@@ -22,7 +21,7 @@ from cyclefit.generators import Generator
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
 from cyclefit.metrics.aggregation import CaptionMetrics
-from cyclefit.ranges import Count, Natural, Positive, Range, Seed, Share, checked
+from cyclefit.ranges import OPTIMIZER, BelowOne, Count, Natural, Positive, Seed, Share, check, checked
 from cyclefit.rerank import sample_seed
 from cyclefit.scorers import Scorer
 
@@ -35,6 +34,12 @@ class Finetune(L.LightningModule, ABC):
 
     def __init__(self, optimizer: OptimizerCallable, warmup_steps: int, seed: int):
         super().__init__()
+        try:
+            (group,) = optimizer([nn.Parameter(torch.zeros(1))]).param_groups
+        except (ValueError, TypeError) as error:
+            raise UserError(f"optimizer: {error}") from error
+        for name, hint in OPTIMIZER.items():
+            check(f"optimizer: {name}", group.get(name), hint)
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.seed = seed
@@ -344,7 +349,7 @@ class GeneratorFinetune(Finetune):
         warmup_steps: Natural = 0,
         snr_gamma: Positive | None = 5.0,
         caption_dropout: Share = 0.1,
-        ema_decay: Annotated[float, Range(0, 1, below=True)] | None = None,
+        ema_decay: BelowOne | None = None,
         validation_images: Natural = 64,
         seed: Seed = 0,
     ):

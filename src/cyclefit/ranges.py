@@ -45,7 +45,11 @@ Natural = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, above=True)]
 Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, below=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+
+OPTIMIZER = {"lr": Positive, "weight_decay": NonNegative, "eps": Positive, "betas": tuple[BelowOne, BelowOne]}
+"""Numbers of torch's optimizers."""
 
 
 def range_of(hint: Any) -> tuple[type, Range] | None:

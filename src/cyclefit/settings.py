@@ -20,13 +20,9 @@ from jsonargparse import ArgumentParser, Namespace
 from torch.optim import Optimizer
 
 from cyclefit import UserError
-from cyclefit.ranges import Count, Natural, NonNegative, Positive, Range, Seed, range_of, wanted
+from cyclefit.ranges import OPTIMIZER, Count, Natural, NonNegative, Positive, Range, Seed, range_of, wanted
 
 CountOrAll = Annotated[int, Range(1, also=-1)]
-BelowOne = Annotated[float, Range(0, 1, below=True)]
-
-OPTIMIZER = {"lr": Positive, "weight_decay": NonNegative, "eps": Positive, "betas": tuple[BelowOne, BelowOne]}
-"""Numbers of torch's optimizers."""
 
 TRAINER = {
     "seed_everything": bool | Seed,
