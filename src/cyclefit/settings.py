@@ -7,6 +7,7 @@ once more for the first thing wrong; where it does, its numbers are held against
 import importlib
 import inspect
 import json
+import re
 import types
 import typing
 from argparse import ArgumentError
@@ -74,12 +75,19 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         config = parser.parse_args(arguments)
     except ArgumentError as error:
         found = next(sources.problems(hints, {action.dest for action in actions if action.required}), None)
-        said = sources.sentence(found) if found else " ".join(str(error).split())
-        raise UserError(said) from None
+        raise UserError(sources.sentence(found) if found else _condensed(str(error))) from None
     for problem in _group(config.as_dict(), hints, ""):
         if problem.of_range:
             raise UserError(sources.sentence(problem))
     return config
+
+
+def _condensed(said: str) -> str:
+    """The parser's own account, without that of the types that were tried."""
+    keys = ".".join(re.findall(r'Parser key "([^"]+)"', said))
+    framing = r"(- )?(Parser key|Problem with given class_path|Does not validate|Subtypes|Errors|Given value type)"
+    lines = [line.strip(" -") for line in said.splitlines() if not re.match(rf"\s*{framing}", line)]
+    return f"{keys}: {lines[0]}" if keys and lines else " ".join(said.split())
 
 
 class _Sources:
