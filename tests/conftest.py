@@ -98,6 +98,8 @@ def launch(tmp_path, world, monkeypatch):
             "data.epoch_size": 24, "model.generator.steps": 2,
             "model.round_trip_images" if "blip" in config else "model.validation_images": 4,
         }  # fmt: skip
+        small |= {"model.cycle.num_images": 8} if "reward" in config else {}
+        small |= {"model.image_cycle.num_images": 8} if "both" in config else {}
         cli.train(["--config", config, *[f"--{k}={v}" for k, v in small.items()], *arguments])
         return tmp_path / name
 

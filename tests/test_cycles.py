@@ -140,7 +140,7 @@ def test_the_reward_gradient_is_the_enumerated_expectation(samples):
 def test_leave_one_out_by_its_definition():
     rewards = torch.tensor([[1.0, 2.0, 6.0]])
     torch.testing.assert_close(leave_one_out(rewards), torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5]]))
-    with pytest.raises(ValueError, match="num_samples >= 2"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 2"):
         PolicyGradient(Fixed(), num_samples=1)
 
 

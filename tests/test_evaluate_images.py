@@ -27,8 +27,8 @@ def runs(tmp_path_factory, world):
     patch.chdir(ROOT)
     configs = {
         "plain": ("miniature_sd_lora.yaml", {"model.ema_decay": 0.9}),
-        "cycle": ("miniature_cycle_sd.yaml", {}),
-        "both": ("miniature_cycle_both.yaml", {"model.image_cycle.num_images": 4}),
+        "cycle": ("miniature_cycle_sd.yaml", {"model.cycle.num_images": 4}),
+        "both": ("miniature_cycle_both.yaml", {"model.image_cycle.num_images": 4, "model.text_cycle.num_images": 4}),
     }
     for name, (config, more) in configs.items():
         patch.setattr(sys, "argv", ["train.py"])

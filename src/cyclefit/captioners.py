@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,25 +13,31 @@ from torch import Tensor, nn
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
+from cyclefit.ranges import Count, Natural, Positive, Range, Share, checked
 
 
+@checked
 @dataclass(frozen=True)
 class Decoding:
     """How a caption is decoded: greedy, beam search, top-k or nucleus sampling (Holtzman et al., ICLR 2020)."""
 
     method: Literal["greedy", "beam", "top-k", "nucleus"] = "greedy"
-    num_samples: int = 1
+    num_samples: Count = 1
     """Captions per image; more than one for top-k and nucleus sampling only."""
-    max_new_tokens: int = 30
-    min_new_tokens: int = 0
-    num_beams: int = 3
-    top_k: int = 50
-    top_p: float = 0.9
-    temperature: float = 1.0
+    max_new_tokens: Count = 30
+    min_new_tokens: Natural = 0
+    num_beams: Count = 3
+    top_k: Count = 50
+    top_p: Annotated[float, Range(0, 1, above=True)] = 0.9
+    temperature: Positive = 1.0
 
     def __post_init__(self):
         if self.num_samples > 1 and self.method in ("greedy", "beam"):
             raise UserError(f"{self.method} decoding gives one caption per image, not num_samples={self.num_samples}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, not {self.min_new_tokens}"
+            )
 
 
 class Captioner(nn.Module, ABC):
@@ -49,6 +55,8 @@ class Captioner(nn.Module, ABC):
     label_smoothing: float = 0.0
     max_tokens: int = 64
     """Longer captions are cut to it, the end token included."""
+    max_new_tokens: int = 64
+    """The most that can be generated."""
 
     @abstractmethod
     def embed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b p d"]:
@@ -76,6 +84,19 @@ class Captioner(nn.Module, ABC):
         """Token ids as text."""
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def check(self, decoding: Decoding) -> None:
+        """Checks that captions of a decoding's greatest length are within what the model has positions for.
+
+        Raises:
+            UserError: they are not.
+
+        """
+        if decoding.max_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"max_new_tokens must be at most {self.max_new_tokens}, all that the captioner has positions for, "
+                f"not {decoding.max_new_tokens}"
+            )
 
     def mask(self, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
         """1 for the caption's tokens and its end token, 0 for padding."""
@@ -142,6 +163,7 @@ class SeededSampling:
 Trainable = Literal["cross-attention queries", "cross-attention", "decoder", "all", "lora"]
 
 
+@checked
 class Blip(Captioner):
     """BLIP (Li et al., ICML 2022, arXiv 2201.12086) over transformers' BlipForConditionalGeneration.
 
@@ -164,8 +186,8 @@ class Blip(Captioner):
         pretrained: str = "Salesforce/blip-image-captioning-base",
         trainable: Trainable | None = None,
         prompt: str = "",
-        label_smoothing: float = 0.1,
-        lora_rank: int = 16,
+        label_smoothing: Share = 0.1,
+        lora_rank: Count = 16,
         random_weights: bool = False,
     ):
         super().__init__()
@@ -186,7 +208,8 @@ class Blip(Captioner):
         self.label_smoothing = label_smoothing
         prefix = [self.begin_token_id, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
-        self.max_tokens = min(self.max_tokens, text.max_position_embeddings - len(prefix) + 1)
+        self.max_new_tokens = text.max_position_embeddings - len(prefix) + 1
+        self.max_tokens = min(self.max_tokens, self.max_new_tokens)
         mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -244,6 +267,7 @@ class Blip(Captioner):
             TopPLogitsWarper,
         )
 
+        self.check(decoding)
         count, prefix = decoding.num_samples, self.prefix
         processors = LogitsProcessorList()
         if decoding.method in ("top-k", "nucleus"):

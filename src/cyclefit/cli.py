@@ -28,6 +28,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.call import _call_callbacks_state_dict
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from cyclefit import UserError
@@ -35,6 +36,7 @@ from cyclefit.data import ShardData
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
 from cyclefit.runs import RESUMABLE, has_trained, hold, newest, read_checkpoint, saved, write_checkpoint
+from cyclefit.settings import parse
 from cyclefit.start import resolve_configs
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
@@ -372,6 +374,13 @@ class RunCLI(LightningCLI):
             help="print what a step needs; nothing is downloaded or trained",
         )
 
+    def parse_arguments(self, parser, args) -> None:
+        """The settings, or one sentence about the first that is wrong."""
+        self.config = parse(parser, sys.argv[1:])
+        gpu = self.config.trainer.accelerator in ("gpu", "cuda")
+        if gpu and not self.config.dry_run and not torch.accelerator.is_available():
+            raise UserError("trainer.accelerator asks for a GPU, and torch finds none here: set it to auto or cpu")
+
     def before_instantiate_classes(self) -> None:
         """Decides the run's folder before anything is built or downloaded."""
         config = self.config
@@ -431,7 +440,10 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         trainer.fit_loop.__class__ = FitWithLastValidation  # the trainer builds its own, from arguments of several
         return trainer
 
@@ -507,6 +519,7 @@ def _train(held: ExitStack) -> int:
         save_config_kwargs={"save_to_log_dir": False},
         seed_everything_default=0,
         trainer_defaults={},
+        parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
         run=False,
     )
     if cli.config.dry_run:

@@ -4,7 +4,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from cyclefit import UserError
 from cyclefit.bridge import Bridge
 from cyclefit.captioners import Captioner, Decoding, cross_entropy
-from cyclefit.generators import Generator
+from cyclefit.generators import Generator, check_steps, check_timesteps
 from cyclefit.judges import Judge, Partners
 from cyclefit.loading import freeze
+from cyclefit.ranges import Count, Natural, NonNegative, Positive, Range, checked
 
 
 @dataclass
@@ -30,6 +31,21 @@ class Reading:
     """Of the reference captions' tokens, teacher-forced."""
 
 
+def enough(cycle, batch_size: int, num_others: int) -> None:
+    """Checks that a cycle's images are in the batch, with as many others for each as it is contrasted with.
+
+    Raises:
+        UserError: the batch, or the cycle's part of it, is too small.
+
+    """
+    count, name = cycle.num_images or batch_size, type(cycle).__name__
+    if count > batch_size:
+        raise UserError(f"{name}: num_images must be at most {batch_size}, the batch size, not {count}")
+    if count <= num_others:
+        what = f"num_images {count}" if cycle.num_images else f"a batch size of {count}"
+        raise UserError(f"{name}: {what} leaves no {num_others} other images to contrast with: raise it")
+
+
 class ImageCycle(nn.Module, ABC):
     """x -> y -> x': what a captioner's caption lets the generator know about the image."""
 
@@ -37,8 +53,15 @@ class ImageCycle(nn.Module, ABC):
     needs: tuple[str, ...] = ()
     """Which of the partners it asks for."""
 
+    num_images: int | None = None
+    """Images of the batch that take part, all if None."""
+
     def prepare(self, captioner: Captioner, partners: Partners) -> None:
         """Called once, before the first step and before a checkpoint is read."""
+
+    def check_batch(self, batch_size: int) -> None:
+        """Holds its settings against the number of images in a batch."""
+        enough(self, batch_size, 0)
 
     @abstractmethod
     def forward(
@@ -50,6 +73,7 @@ class ImageCycle(nn.Module, ABC):
         """
 
 
+@checked
 class SoftCaptionDenoising(ImageCycle):
     """Denoising through soft captions (Li et al., ICCV 2023, arXiv 2212.12249, section 3.2).
 
@@ -72,13 +96,13 @@ class SoftCaptionDenoising(ImageCycle):
 
     def __init__(
         self,
-        weight: float = 1.0,
-        temperature: float = 1.0,
+        weight: NonNegative = 1.0,
+        temperature: Positive = 1.0,
         form: Literal["soft", "straight-through"] = "soft",
         captions: Literal["reference", "sampled"] = "reference",
         contrastive: bool = False,
-        min_timestep: int = 0,
-        max_timestep: int = 1000,
+        min_timestep: Natural = 0,
+        max_timestep: Count = 1000,
     ):
         super().__init__()
         self.weight = weight
@@ -88,11 +112,13 @@ class SoftCaptionDenoising(ImageCycle):
         self.contrastive = contrastive
         self.min_timestep = min_timestep
         self.max_timestep = max_timestep
+        check_timesteps(self)
         self.bridge: Bridge | None = None
 
     def prepare(self, captioner: Captioner, partners: Partners) -> None:
         """Builds the vocabulary bridge."""
         generator = partners.generator
+        check_timesteps(self, generator)
         table = generator.text_encoder.get_input_embeddings().weight
         self.bridge = Bridge(captioner.tokenizer, generator.tokenizer, table, captioner.vocab_size)
 
@@ -121,6 +147,7 @@ class SoftCaptionDenoising(ImageCycle):
         return loss, {"denoising_error": error.detach().mean()}
 
 
+@checked
 class PolicyGradient(ImageCycle):
     """REINFORCE with a leave-one-out baseline (Kool et al., 2019) on captions sampled from the captioner.
 
@@ -131,7 +158,7 @@ class PolicyGradient(ImageCycle):
     Args:
         reward: any judge.
         weight: of the loss beside the captioner's own.
-        num_samples: K.
+        num_samples: K; the baseline leaves one out.
         num_images: images of the batch that take part, all if None.
         normalize: divide the advantages by their standard deviation over the batch, so that weights carry over
             between rewards of different scale.
@@ -143,16 +170,14 @@ class PolicyGradient(ImageCycle):
     def __init__(
         self,
         reward: Judge,
-        weight: float = 0.5,
-        num_samples: int = 4,
-        num_images: int | None = None,
+        weight: NonNegative = 0.5,
+        num_samples: Annotated[int, Range(2)] = 4,
+        num_images: Count | None = None,
         normalize: bool = True,
-        kl_weight: float = 0.0,
-        max_new_tokens: int = 30,
+        kl_weight: NonNegative = 0.0,
+        max_new_tokens: Count = 30,
     ):
         super().__init__()
-        if num_samples < 2:
-            raise UserError(f"a leave-one-out baseline needs num_samples >= 2, not {num_samples}")
         self.reward = reward
         self.weight = weight
         self.num_images = num_images
@@ -168,8 +193,14 @@ class PolicyGradient(ImageCycle):
 
     def prepare(self, captioner: Captioner, partners: Partners) -> None:
         """Keeps a frozen copy of the captioner where a KL is asked for."""
+        self.reward.check(partners)
+        captioner.check(self.decoding)
         if self.kl_weight:
             self.start = freeze(copy.deepcopy(captioner))
+
+    def check_batch(self, batch_size: int) -> None:
+        """Checks that the reward has images to contrast with."""
+        enough(self, batch_size, self.reward.num_others)
 
     def forward(
         self, captioner: Captioner, partners: Partners, reading: Reading, seeds: Sequence[int]
@@ -210,6 +241,7 @@ def leave_one_out(rewards: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
     return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
 
 
+@checked
 class TextCycle(nn.Module, ABC):
     """y -> x -> y': how much of a caption a captioner and CLIP find in what the generator makes of it.
 
@@ -230,11 +262,11 @@ class TextCycle(nn.Module, ABC):
 
     def __init__(
         self,
-        weight: float = 1.0,
+        weight: NonNegative = 1.0,
         contrastive: bool = False,
-        image_text_weight: float = 0.0,
-        text_weight: float = 0.0,
-        num_images: int | None = None,
+        image_text_weight: NonNegative = 0.0,
+        text_weight: NonNegative = 0.0,
+        num_images: Count | None = None,
     ):
         super().__init__()
         self.weight = weight
@@ -242,6 +274,8 @@ class TextCycle(nn.Module, ABC):
         self.image_text_weight = image_text_weight
         self.text_weight = text_weight
         self.num_images = num_images
+        if contrastive and num_images == 1:
+            raise UserError(f"{type(self).__name__}: contrastive needs other captions: set num_images to 2 or more")
         self.bridge: Bridge | None = None
 
     @property
@@ -265,6 +299,10 @@ class TextCycle(nn.Module, ABC):
                 f"{len(table)}: choose a CLIP with OpenAI's, or set text_weight to 0"
             )
         self.bridge = Bridge(captioner.tokenizer, generator.tokenizer, table, captioner.vocab_size)
+
+    def check_batch(self, batch_size: int) -> None:
+        """Holds its settings against the number of images in a batch."""
+        enough(self, batch_size, int(self.contrastive))
 
     @abstractmethod
     def draw(
@@ -317,6 +355,7 @@ class TextCycle(nn.Module, ABC):
         return cross_entropy(logits, tokens, mask) / mask.sum(1)
 
 
+@checked
 class OneStepCaptioning(TextCycle):
     """The text cycle through the closed-form x0 (Li et al., ICCV 2023, arXiv 2212.12249, section 3.2).
 
@@ -332,15 +371,21 @@ class OneStepCaptioning(TextCycle):
 
     def __init__(
         self,
-        min_timestep: int = 0,
-        max_timestep: int = 300,
+        min_timestep: Natural = 0,
+        max_timestep: Count = 300,
         weighting: Literal["uniform", "snr"] = "uniform",
         **terms,
     ):
         super().__init__(**terms)
         self.min_timestep = min_timestep
         self.max_timestep = max_timestep
+        check_timesteps(self)
         self.weighting = weighting
+
+    def prepare(self, generator: Generator, partners: Partners) -> None:
+        """Checks the timesteps against the generator's."""
+        super().prepare(generator, partners)
+        check_timesteps(self, generator)
 
     def draw(self, generator, images, captions, seeds) -> tuple[Float[Tensor, "b 3 h2 w2"], Float[Tensor, "b"]]:
         """D(x0_hat) of each image's own latents, and 1 or alpha_t^2."""
@@ -351,13 +396,14 @@ class OneStepCaptioning(TextCycle):
         return drawn, snr / (1 + snr) if self.weighting == "snr" else torch.ones_like(snr)
 
 
+@checked
 class TruncatedSampling(TextCycle):
     """The text cycle through sampled images, gradient through the last K steps of the solver.
 
     DRaFT-K (Clark et al., ICLR 2024, arXiv 2309.17400), with the captioner as the reward.
 
     Args:
-        grad_steps: K; 0 gives no gradient at all.
+        grad_steps: K, at most S.
         steps: S; the generator's own number if None.
         guidance_scale: of the sampling; the generator's own if None.
         terms: weight and the terms of the loss, see TextCycle.
@@ -366,15 +412,22 @@ class TruncatedSampling(TextCycle):
 
     def __init__(
         self,
-        grad_steps: int = 1,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
+        grad_steps: Count = 1,
+        steps: Count | None = None,
+        guidance_scale: Positive | None = None,
         **terms,
     ):
         super().__init__(**terms)
         self.grad_steps = grad_steps
         self.steps = steps
         self.guidance_scale = guidance_scale
+        if steps is not None and grad_steps > steps:
+            raise UserError(f"TruncatedSampling: grad_steps must be at most steps, {steps}, not {grad_steps}")
+
+    def prepare(self, generator: Generator, partners: Partners) -> None:
+        """Checks the steps against the generator's."""
+        super().prepare(generator, partners)
+        check_steps(self, generator, self.grad_steps)
 
     def draw(self, generator, images, captions, seeds) -> tuple[Float[Tensor, "b 3 h2 w2"], Float[Tensor, "b"]]:
         """SD(y) from each sample's own noise."""

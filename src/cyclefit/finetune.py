@@ -21,6 +21,7 @@ from cyclefit.generators import Generator
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
 from cyclefit.metrics.aggregation import CaptionMetrics
+from cyclefit.ranges import OPTIMIZER, BelowOne, Count, Natural, Positive, Seed, Share, check, checked
 from cyclefit.rerank import sample_seed
 from cyclefit.scorers import Scorer
 
@@ -33,6 +34,12 @@ class Finetune(L.LightningModule, ABC):
 
     def __init__(self, optimizer: OptimizerCallable, warmup_steps: int, seed: int):
         super().__init__()
+        try:
+            (group,) = optimizer([nn.Parameter(torch.zeros(1))]).param_groups
+        except (ValueError, TypeError) as error:
+            raise UserError(f"optimizer: {error}") from error
+        for name, hint in OPTIMIZER.items():
+            check(f"optimizer: {name}", group.get(name), hint)
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.seed = seed
@@ -88,10 +95,13 @@ class Finetune(L.LightningModule, ABC):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1.0, (k + 1) / (self.warmup_steps + 1)))
 
     def require(self, cycle: ImageCycle | TextCycle) -> None:
-        """Checks that the frozen models a cycle asks for are there."""
+        """Checks that the frozen models a cycle asks for are there, and the batches large enough."""
         for name in cycle.needs:
             if getattr(self, name) is None:
                 raise UserError(f"{type(cycle).__name__} needs a {name}: set model.{name}")
+        batch_size = getattr(getattr(self._trainer, "datamodule", None), "batch_size", None)
+        if batch_size is not None:
+            cycle.check_batch(batch_size)
 
     def freeze_partner(self, name: str) -> None:
         """Checks that a frozen model is there and frozen, in bf16 where the run is on a GPU."""
@@ -205,6 +215,7 @@ class Finetune(L.LightningModule, ABC):
                 logger.log_image("val/samples", [grid], caption=[f"step {self.global_step}"])
 
 
+@checked
 class CaptionerFinetune(Finetune):
     """L = L_LM(x, y) + weight L_cycle: a captioner finetuned with an image cycle (Li et al., ICCV 2023).
 
@@ -229,10 +240,10 @@ class CaptionerFinetune(Finetune):
         scorer: Scorer | None = None,
         cycle: ImageCycle | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        round_trip_images: int = 16,
-        max_new_tokens: int = 30,
-        seed: int = 0,
+        warmup_steps: Natural = 0,
+        round_trip_images: Natural = 16,
+        max_new_tokens: Count = 30,
+        seed: Seed = 0,
     ):
         super().__init__(optimizer, warmup_steps, seed)
         self.captioner = captioner
@@ -257,6 +268,7 @@ class CaptionerFinetune(Finetune):
         if self.cycle is not None:
             self.require(self.cycle)
             self.cycle.prepare(self.captioner, self.partners)
+        self.captioner.check(self.decoding)
 
     def on_fit_start(self) -> None:
         """Asserts that what is frozen is frozen and what is trained trains."""
@@ -315,6 +327,7 @@ class CaptionerFinetune(Finetune):
         return results
 
 
+@checked
 class GeneratorFinetune(Finetune):
     """L = L_denoise(x, y) + weight L_cycle: adapters of a generator finetuned with a text cycle (Li et al., ICCV 2023).
 
@@ -342,12 +355,12 @@ class GeneratorFinetune(Finetune):
         held_out: Scorer | None = None,
         cycle: TextCycle | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        snr_gamma: float | None = 5.0,
-        caption_dropout: float = 0.1,
-        ema_decay: float | None = None,
-        validation_images: int = 64,
-        seed: int = 0,
+        warmup_steps: Natural = 0,
+        snr_gamma: Positive | None = 5.0,
+        caption_dropout: Share = 0.1,
+        ema_decay: BelowOne | None = None,
+        validation_images: Natural = 64,
+        seed: Seed = 0,
     ):
         super().__init__(optimizer, warmup_steps, seed)
         self.generator = generator
@@ -491,6 +504,7 @@ class GeneratorFinetune(Finetune):
         return results
 
 
+@checked
 class AlternatingFinetune(Finetune):
     """Both models at once, as in Li et al.'s released code: a captioner's step, then a generator's, in turns.
 
@@ -525,12 +539,12 @@ class AlternatingFinetune(Finetune):
         text_cycle: TextCycle | None = None,
         captioner_optimizer: OptimizerCallable = torch.optim.AdamW,
         generator_optimizer: OptimizerCallable = torch.optim.AdamW,
-        warmup_steps: int = 0,
-        gradient_clip_norm: float = 1.0,
-        snr_gamma: float | None = 5.0,
-        caption_dropout: float = 0.1,
-        validation_images: int = 16,
-        seed: int = 0,
+        warmup_steps: Natural = 0,
+        gradient_clip_norm: Positive = 1.0,
+        snr_gamma: Positive | None = 5.0,
+        caption_dropout: Share = 0.1,
+        validation_images: Natural = 16,
+        seed: Seed = 0,
     ):
         super().__init__(captioner_optimizer, warmup_steps, seed)
         self.automatic_optimization = False

@@ -1,5 +1,6 @@
 """Generators, p(image | caption)."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,36 @@ from torch.utils.checkpoint import checkpoint
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, weights_dtype, whole
+from cyclefit.ranges import Count, Positive, checked
+
+
+def check_timesteps(owner, generator: "Generator | None" = None) -> None:
+    """Holds the range of timesteps that something draws from against itself, and against those of the generator.
+
+    Raises:
+        UserError: it is empty, or has timesteps that the generator does not know.
+
+    """
+    low, high, name = owner.min_timestep, owner.max_timestep, type(owner).__name__
+    if low >= high:
+        raise UserError(f"{name}: min_timestep {low} must be below max_timestep {high}")
+    if generator is not None and high > generator.num_timesteps:
+        raise UserError(f"{name}: max_timestep must be at most {generator.num_timesteps}, the generator's, not {high}")
+
+
+def check_steps(owner, generator: "Generator", grad_steps: int = 0) -> None:
+    """Holds the number of solver steps that something asks for, the generator's own if None, against the generator.
+
+    Raises:
+        UserError: there are more than timesteps, or fewer than are to carry gradient.
+
+    """
+    steps, most, name = owner.steps or generator.steps, generator.num_timesteps, type(owner).__name__
+    if steps > most:
+        raise UserError(f"{name}: steps must be at most {most}, as many as the generator has timesteps, not {steps}")
+    if grad_steps > steps:
+        whose = "" if owner.steps else ", the generator's own"
+        raise UserError(f"{name}: grad_steps must be at most steps, {steps}{whose}, not {grad_steps}")
 
 
 class Generator(nn.Module, ABC):
@@ -98,22 +129,30 @@ class Generator(nn.Module, ABC):
         snr = self.snr(timesteps)
         return errors * snr.clamp(max=snr_gamma) / (snr + 1 if self.predicts_velocity else snr)
 
+    steps: int
+    """Solver steps of one image where nothing else is asked for."""
     num_timesteps: int = 1000
     predicts_velocity: bool = False
 
 
+@checked
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters (Hu et al., ICLR 2022, arXiv 2106.09685): W + (alpha / rank) B A."""
 
-    rank: int = 8
-    alpha: float = 8.0
+    rank: Count = 8
+    alpha: Positive = 8.0
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Linear layers of the denoiser."""
+    """Linear and convolutional layers of the denoiser, by the ends of their names."""
     text_encoder: bool = False
     """Adapters of the same rank on the text encoder's attention too."""
 
+    def __post_init__(self):
+        if not self.targets:
+            raise UserError("Lora: targets must name at least one layer of the denoiser")
 
+
+@checked
 class StableDiffusion(Generator):
     """Stable Diffusion (Rombach et al., CVPR 2022, arXiv 2112.10752) over diffusers' and transformers' own classes.
 
@@ -137,10 +176,10 @@ class StableDiffusion(Generator):
     def __init__(
         self,
         pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        steps: int = 20,
-        guidance_scale: float = 7.5,
-        image_size: int | None = None,
-        batch_size: int = 32,
+        steps: Count = 20,
+        guidance_scale: Positive = 7.5,
+        image_size: Count | None = None,
+        batch_size: Count = 32,
         lora: Lora | None = None,
         random_weights: bool = False,
     ):
@@ -178,8 +217,14 @@ class StableDiffusion(Generator):
         self.guidance_scale = guidance_scale
         self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.image_size = image_size or self.unet.config.sample_size * self.downsampling
+        if self.image_size % self.downsampling:
+            raise UserError(
+                f"StableDiffusion: image_size must be a multiple of {self.downsampling}, by which {pretrained} "
+                f"downsamples, not {self.image_size}"
+            )
         self.batch_size = batch_size
         self.num_timesteps = self.scheduler.config.num_train_timesteps
+        check_steps(self, self)
         alphas_cumprod = self.scheduler.alphas_cumprod.float().to(torch.get_default_device())
         self.register_buffer("alphas", alphas_cumprod.sqrt(), persistent=False)
         self.register_buffer("sigmas", (1 - alphas_cumprod).sqrt(), persistent=False)
@@ -193,6 +238,11 @@ class StableDiffusion(Generator):
     def _add_lora(self, lora: Lora) -> None:
         from peft import LoraConfig
 
+        layers = [name for name, layer in self.unet.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        for target in lora.targets:
+            if not any(f".{name}".endswith(f".{target}") for name in layers):
+                known = sorted({re.sub(r"(.*\.)?(\w*[a-z]\w*(\.\d+)?)", r"\2", name) for name in layers})
+                raise UserError(f"Lora: the denoiser has no layer {target!r}; its layers are {', '.join(known)}")
         settings = {"r": lora.rank, "lora_alpha": lora.alpha, "init_lora_weights": "gaussian"}
         self.unet.add_adapter(LoraConfig(target_modules=list(lora.targets), **settings))
         if lora.text_encoder:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
-from cyclefit.generators import Generator
+from cyclefit.generators import Generator, check_steps, check_timesteps
+from cyclefit.ranges import Count, Natural, NonNegative, Positive, checked
 from cyclefit.scorers import Scorer
 
 
@@ -31,6 +32,11 @@ class Judge(ABC):
 
     needs: tuple[str, ...] = ()
     """Which of the partners it asks for."""
+    num_others = 0
+    """Other images of the batch that each is contrasted with."""
+
+    def check(self, partners: Partners) -> None:  # noqa: B027
+        """Holds its settings against the partners'; called before the first step."""
 
     @abstractmethod
     def score(
@@ -77,6 +83,7 @@ class ImageText(Judge):
         return torch.einsum("bd,bnd->bn", partners.scorer.embed_images(images), texts.unflatten(0, (len(images), -1)))
 
 
+@checked
 @dataclass
 class Regeneration(Judge):
     """f(x, SD(y)): CLIP image similarity of the source and the image regenerated from the caption.
@@ -84,11 +91,11 @@ class Regeneration(Judge):
     Li et al., ICCV 2023 (arXiv 2212.12249), eq. 1. All candidates of an image start from the same noise.
     """
 
-    num_regenerations: int = 1
+    num_regenerations: Count = 1
     """Images drawn per caption; their similarities are averaged."""
-    steps: int | None = None
+    steps: Count | None = None
     """Solver steps; the generator's own number if None."""
-    guidance_scale: float | None = None
+    guidance_scale: Positive | None = None
     scorer: Scorer | None = field(default=None, repr=False)
     """Compares the images; the partners' if None."""
     euclidean: bool = False
@@ -96,9 +103,14 @@ class Regeneration(Judge):
 
     needs = ("generator", "scorer")
 
+    def check(self, partners: Partners) -> None:
+        """Its steps against the generator's timesteps."""
+        check_steps(self, partners.generator)
+
     @torch.no_grad()
     def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
         """Cosine similarities, in [-1, 1], or negative distances."""
+        self.check(partners)
         pairs, index = distinct(candidates)
         scorer = self.scorer or partners.scorer
         source = scorer.embed_images(images, normalize=not self.euclidean)[[i for i, _ in pairs]]
@@ -122,6 +134,7 @@ class Regeneration(Judge):
         return {"generator_calls": images, "denoiser_calls": images * calls}
 
 
+@checked
 @dataclass
 class Denoising(Judge):
     """-E_{t, eps} || eps - eps_theta(z_t, t, tau(y)) ||^2 on the source latents.
@@ -132,20 +145,36 @@ class Denoising(Judge):
     short, safe captions, the full contrast long ones; in between, length stays what it was.
     """
 
-    num_others: int = 0
-    contrast: float = 1.0
-    min_timestep: int = 0
-    max_timestep: int = 1000
-    num_timesteps: int = 4
+    num_others: Natural = 0
+    contrast: NonNegative = 1.0
+    min_timestep: Natural = 0
+    max_timestep: Count = 1000
+    num_timesteps: Count = 4
     """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Latents that go through the denoiser together."""
 
     needs = ("generator",)
 
+    def __post_init__(self):
+        check_timesteps(self)
+        there = self.max_timestep - self.min_timestep
+        if self.num_timesteps > there:
+            raise UserError(
+                f"Denoising: num_timesteps must be at most {there}, as many as there are from min_timestep to "
+                f"max_timestep, not {self.num_timesteps}"
+            )
+        if self.contrast != 1 and not self.num_others:
+            raise UserError(f"Denoising: contrast {self.contrast} weighs other images: set num_others to 1 or more")
+
+    def check(self, partners: Partners) -> None:
+        """Its timesteps against the generator's."""
+        check_timesteps(self, partners.generator)
+
     @torch.no_grad()
     def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
         """Negative error, or a difference of errors; around 0, in units of the denoiser's target."""
+        self.check(partners)
         generator, device = partners.generator, images.device
         pairs, index = distinct(candidates)
         rows = torch.tensor([i for i, _ in pairs], device=device)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched, weights_dtype
+from cyclefit.ranges import Count, checked
 
 
 class Scorer(nn.Module, ABC):
@@ -39,6 +40,7 @@ class Scorer(nn.Module, ABC):
         """The text tower's table of token embeddings."""
 
 
+@checked
 class OpenClip(Scorer):
     """CLIP (Radford et al., ICML 2021, arXiv 2103.00020) through open_clip.
 
@@ -53,7 +55,7 @@ class OpenClip(Scorer):
 
     """
 
-    def __init__(self, model: str = "ViT-L-14-quickgelu", pretrained: str | None = "openai", batch_size: int = 256):
+    def __init__(self, model: str = "ViT-L-14-quickgelu", pretrained: str | None = "openai", batch_size: Count = 256):
         super().__init__()
         import open_clip
 

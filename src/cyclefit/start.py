@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 from cyclefit import UserError
@@ -50,8 +51,10 @@ def resolve_configs(arguments: list[str]) -> list[str]:
         if not Path(name).exists():
             known = [path for path in CONFIGS.glob("*.yaml") if path.name in (name, f"{name}.yaml")]
             if not known:
-                names = ", ".join(sorted(path.name for path in CONFIGS.glob("*.yaml")))
-                raise UserError(f"there is no config {name!r}, neither as a file nor in {CONFIGS.name}/: {names}")
+                names = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+                near = get_close_matches(f"{Path(name).stem}.yaml", names, 1)
+                said = f"did you mean {near[0]}? There are" if near else f"in {CONFIGS.name}/ are"
+                raise UserError(f"there is no config {name!r}; {said} {', '.join(names)}")
             name = str(known[0])
         resolved[place] = f"{flag}={name}" if inline else name
     return resolved

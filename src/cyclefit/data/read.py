@@ -29,6 +29,7 @@ from webdataset.gopen import gopen
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
+from cyclefit.ranges import Count, Natural, Seed, Share, checked
 
 from .tars import IMAGES, read_tar
 
@@ -659,6 +660,7 @@ def _unique(batches: Iterator[Batch], shards: str | list[str]) -> Iterator[Batch
         yield batch
 
 
+@checked
 class ShardData(L.LightningDataModule):
     """Training and validation batches from WebDataset shards.
 
@@ -687,34 +689,23 @@ class ShardData(L.LightningDataModule):
         train: str | list[str] | None = None,
         validation: str | list[str] | None = None,
         *,
-        image_size: int = 512,
-        batch_size: int = 32,
-        validation_batch_size: int | None = None,
-        epoch_size: int = 10000,
-        validation_size: int | None = None,
-        num_workers: int = 4,
-        shuffle_buffer: int = 2000,
+        image_size: Count = 512,
+        batch_size: Count = 32,
+        validation_batch_size: Count | None = None,
+        epoch_size: Count = 10000,
+        validation_size: Count | None = None,
+        num_workers: Natural = 4,
+        shuffle_buffer: Natural = 2000,
         crop: Literal["random", "center"] = "random",
         latents: str | None = None,
-        seed: int = 0,
-        max_bad_fraction: float = 0.1,
+        seed: Seed = 0,
+        max_bad_fraction: Share = 0.1,
     ):
         super().__init__()
-        _positive(
-            image_size=image_size,
-            batch_size=batch_size,
-            validation_batch_size=validation_batch_size,
-            epoch_size=epoch_size,
-            validation_size=validation_size,
-        )
-        if num_workers < 0 or shuffle_buffer < 0:
-            raise UserError(f"num_workers={num_workers}, shuffle_buffer={shuffle_buffer}: not below 0.")
         if crop not in ("random", "center"):
             raise UserError(f"crop={crop} is neither random nor center.")
         if latents and crop != "center":
             raise UserError("cached latents are those of the centre of an image: set data.crop to center.")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"max_bad_fraction={max_bad_fraction} is not between 0 and 1.")
         self.train, self.validation, self.latents = train, validation, latents
         self.image_size, self.batch_size = image_size, batch_size
         self.validation_batch_size = validation_batch_size or batch_size

@@ -2,10 +2,12 @@
 
 import json
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from cyclefit import UserError
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
@@ -38,27 +40,35 @@ def main(arguments: list[str]) -> int:
     """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
     from jsonargparse import ArgumentParser
 
+    from cyclefit.settings import parse
     from cyclefit.start import resolve_configs
 
-    parser = ArgumentParser(prog="evaluate.py", description="Evaluates finetuned models against reranked inference.")
-    commands = parser.add_subcommands()
+    description = "Evaluates finetuned models against reranked inference."
+    parser = ArgumentParser(prog="evaluate.py", description=description, exit_on_error=False, allow_abbrev=False)
+    commands, parsers = parser.add_subcommands(), {}
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.__doc__.split("\n\n")[0])
         sub.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
         sub.add_function_arguments(command)
         commands.add_subcommand(name, sub)
-    if arguments[:1] == ["compare"]:
+        parsers[name] = sub
+    name, *arguments = resolve_configs(arguments) or [""]
+    if name.startswith("-"):
+        parser.parse_args([name])
+    if name not in COMMANDS:
+        near = "".join(f"; did you mean {known}?" for known in get_close_matches(name, COMMANDS, 1))
+        raise UserError(f"evaluate.py takes one of {', '.join(COMMANDS)}, not {name!r}{near}")
+    if name == "compare":
         # Runs stand by themselves, `compare runs/a runs/b`.
-        count = next((i for i, a in enumerate(arguments[1:]) if a.startswith("-")), len(arguments) - 1)
+        count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
         if count:
-            arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
-    parsed = parser.parse_args(resolve_configs(arguments))
+            arguments = [f"--runs={json.dumps(arguments[:count])}", *arguments[count:]]
+    parsed = parse(parsers[name], arguments)
     with ExitStack() as held:
-        if parsed.subcommand in ("captions", "images"):  # before models are loaded
-            out = Path(parsed[parsed.subcommand].out)
-            check_out(out, parsed.subcommand, parsed[parsed.subcommand].shards)
+        if name in ("captions", "images"):  # before models are loaded
+            check_out(Path(parsed.out), name, parsed.shards)
             if rank_zero_only.rank == 0:  # of a launch
-                held.enter_context(hold(out, "--out"))
-        values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
+                held.enter_context(hold(Path(parsed.out), "--out"))
+        values = parsers[name].instantiate_classes(parsed).as_dict()
         values.pop("config", None)
-        return COMMANDS[parsed.subcommand](**values)
+        return COMMANDS[name](**values)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, caption_metrics, describe, self_bleu, tokenize
 from cyclefit.metrics.clip import clip_scores, retrieval
 from cyclefit.metrics.java import Java, Unavailable
+from cyclefit.ranges import Count, Natural, Range, Seed
 from cyclefit.report import write_report
 from cyclefit.report.html import KINDS, gallery_keys
 from cyclefit.rerank import rerank, sample, sample_seed, with_others
@@ -74,21 +76,21 @@ def captions(
     runs: list[str] | None = None,
     out: str = "runs/evaluation",
     judges: dict[str, Judge] | None = None,
-    num_candidates: int = 10,
-    nucleus_p: float = 0.9,
-    min_new_tokens: int = 0,
-    max_new_tokens: int = 30,
+    num_candidates: Count = 10,
+    nucleus_p: Annotated[float, Range(0, 1, above=True)] = 0.9,
+    min_new_tokens: Natural = 0,
+    max_new_tokens: Count = 30,
     rerank_runs: bool = False,
-    image_size: int = 512,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    limit: int | None = None,
+    image_size: Count = 512,
+    batch_size: Count = 32,
+    num_workers: Natural = 0,
+    limit: Count | None = None,
     checkpoint: str = "last",
-    gallery: int = 24,
-    seed: int = 0,
+    gallery: Natural = 24,
+    seed: Seed = 0,
     java: bool = True,
-    devices: int = 1,
-    num_nodes: int = 1,
+    devices: Count = 1,
+    num_nodes: Count = 1,
 ) -> int:
     """Evaluates captioners under greedy, beam and nucleus decoding, reranked by every judge, and the oracle.
 

@@ -41,6 +41,7 @@ from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
 from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.ranges import Count, Natural, Seed
 from cyclefit.report import write_report
 from cyclefit.rerank import Drawings, rerank_images, sample_seed
 from cyclefit.scorers import Scorer
@@ -60,17 +61,17 @@ def images(
     held_out: Scorer | None = None,
     runs: list[str] | None = None,
     out: str = "runs/image_evaluation",
-    num_candidates: int = 10,
+    num_candidates: Count = 10,
     rerank_runs: bool = False,
-    max_new_tokens: int = 30,
-    image_size: int = 512,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    limit: int | None = None,
+    max_new_tokens: Count = 30,
+    image_size: Count = 512,
+    batch_size: Count = 32,
+    num_workers: Natural = 0,
+    limit: Count | None = None,
     checkpoint: str = "last",
-    seed: int = 0,
-    devices: int = 1,
-    num_nodes: int = 1,
+    seed: Seed = 0,
+    devices: Count = 1,
+    num_nodes: Count = 1,
 ) -> int:
     """Evaluates generators: one image per prompt, the best of N by the text cycle and by image-text, and the oracle.
 

@@ -25,6 +25,7 @@ from cyclefit.metrics.captions import (
     tokenize,
 )
 from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
+from cyclefit.ranges import Positive
 from cyclefit.report.figures import is_percentage
 from cyclefit.scorers import Scorer
 
@@ -44,7 +45,7 @@ def score(
     corenlp: str | None = None,
     fetch_corenlp: bool = False,
     java_heap: str | None = None,
-    java_timeout: float = 3600.0,
+    java_timeout: Positive = 3600.0,
     images: str | None = None,
     scorer: Scorer | None = None,
 ) -> int:
