@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
+from cyclefit.paths import NameOrPath
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Blip(Captioner):
 
     def __init__(
         self,
-        pretrained: str = "Salesforce/blip-image-captioning-base",
+        pretrained: NameOrPath | str = "Salesforce/blip-image-captioning-base",
         trainable: Trainable | None = None,
         prompt: str = "",
         label_smoothing: float = 0.1,

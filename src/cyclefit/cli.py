@@ -23,7 +23,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from cyclefit import UserError
 from cyclefit.data import ShardData
+from cyclefit.data.read import look_for
 from cyclefit.finetune import Finetune
+from cyclefit.paths import Folder, NameOrPath, written_from
 from cyclefit.runs import newest, saved, write_checkpoint
 from cyclefit.start import resolve_configs
 
@@ -121,9 +123,10 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(self.parser.dump(self.config, skip_none=False))
+        with written_from(path.parent):
+            partial.write_text(self.parser.dump(self.config, skip_none=False))
+            config = self.parser.dump(self.config, format="json", skip_none=False)
         partial.replace(path)
-        config = self.parser.dump(self.config, format="json", skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
@@ -230,8 +233,8 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
         """What a run is called, where runs lie, and what it continues from."""
         parser.add_argument("--name", type=str, help="the run's name: everything it writes is in RUNS/NAME")
-        parser.add_argument("--runs", type=str, default="runs", help="the folder of all runs")
-        parser.add_argument("--ckpt_path", type=str | None, help="what to continue from: `last`, `auto`, a file")
+        parser.add_argument("--runs", type=Folder, default="runs", help="the folder of all runs")
+        parser.add_argument("--ckpt_path", type=NameOrPath | None, help="what to continue from: `last`, `auto`, a file")
         parser.add_argument("--group", type=str | None, help="the W&B group of this run")
         parser.add_argument(
             "--dry_run",
@@ -265,7 +268,11 @@ class RunCLI(LightningCLI):
                 f"{self.folder} already holds a run: continue it with --ckpt_path last, choose another --name, or "
                 "delete it"
             )
-        config.trainer.default_root_dir = str(self.folder)
+        if config.data.train is None:
+            raise UserError("no training shards: set data.train to a folder or pattern of shards")
+        # Before minutes are spent on loading models.
+        look_for(**{f"data.{split}": config.data[split] for split in ("train", "validation")})
+        config.trainer.default_root_dir = str(self.folder.absolute())
 
     def instantiate_classes(self) -> None:
         """The module, its data and the trainer; in a dry run the module alone, without weights."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, weights_dtype, whole
+from cyclefit.paths import NameOrPath
 
 
 class Generator(nn.Module, ABC):
@@ -136,7 +137,7 @@ class StableDiffusion(Generator):
 
     def __init__(
         self,
-        pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        pretrained: NameOrPath | str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
         steps: int = 20,
         guidance_scale: float = 7.5,
         image_size: int | None = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from cyclefit import UserError
 from cyclefit.captioners import Captioner
 from cyclefit.generators import Generator
+from cyclefit.paths import found
 
 Which = Literal["captioner", "generator"]
 
@@ -80,6 +81,43 @@ def newest(folder: Path) -> tuple[Path, str | None]:
     return found[1 if damages and found[0].name in damages[0] else 0], "; ".join(damages) or None
 
 
+def find_checkpoint(folder: Path, checkpoint: str = "last") -> Path:
+    """A checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not (folder / "config.yaml").exists():
+        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
+        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
+    if not path.exists():
+        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
+    return path
+
+
+def read_config(folder: Path) -> dict:
+    """A run's configuration, with paths that are relative to its folder made absolute.
+
+    Raises:
+        FileNotFoundError: there is none.
+
+    """
+
+    def located(value):
+        if isinstance(value, dict):
+            return {key: located(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [located(inner) for inner in value]
+        # As `paths.written` writes them.
+        relative = isinstance(value, str) and (value == ".." or value.startswith(("./", "../")))
+        return found(value, folder) if relative else value
+
+    return located(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
     """A run's configuration with its `folder` and `steps`, and what it trained by name, `captioner...`, `generator...`.
 
@@ -90,14 +128,8 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
         UserError: the checkpoint is damaged.
 
     """
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not (folder / "config.yaml").exists():
-        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
-        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
-    if not path.exists():
-        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
-        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
-    config = yaml.safe_load((folder / "config.yaml").read_text())
+    path = find_checkpoint(folder, checkpoint)
+    config = read_config(folder)
     if reason := damage(path):
         others = sorted(p.stem for p in path.parent.glob("*.ckpt") if p != path and not damage(p))
         raise UserError(f"{path} is damaged ({reason}); whole checkpoints of the run: {', '.join(others) or 'none'}")

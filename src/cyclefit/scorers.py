@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched, weights_dtype
+from cyclefit.paths import NameOrPath
 
 
 class Scorer(nn.Module, ABC):
@@ -53,7 +54,12 @@ class OpenClip(Scorer):
 
     """
 
-    def __init__(self, model: str = "ViT-L-14-quickgelu", pretrained: str | None = "openai", batch_size: int = 256):
+    def __init__(
+        self,
+        model: NameOrPath | str = "ViT-L-14-quickgelu",
+        pretrained: str | None = "openai",
+        batch_size: int = 256,
+    ):
         super().__init__()
         import open_clip
 

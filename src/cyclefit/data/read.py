@@ -30,6 +30,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
+from cyclefit.paths import NameOrPath, found, register_path
 
 log = logging.getLogger("cyclefit.data")
 
@@ -54,8 +55,27 @@ _UPRIGHT = {
 """What turns an image of each EXIF orientation upright."""
 
 
+class Shards(str):
+    """What `expand_shards` takes; paths in it are absolute once it is parsed."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Shards":
+        """What a text means where it stands."""
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{text!r} is neither a path, a pattern nor a URL")
+        local = text.removeprefix("file://").removeprefix("file:")
+        return cls(text if _REMOTE.match(local) else found(local, exists=_lead_somewhere))
+
+
+register_path(Shards)
+
+
 class BadSample(Exception):
     """Why a sample cannot be used, in a few words that repeat from sample to sample."""
+
+
+class MissingData(UserError, FileNotFoundError):
+    """A path, folder or pattern leads to no shards."""
 
 
 class UnusableData(UserError):
@@ -136,6 +156,31 @@ def expand_shards(shards: str | Path | list[str]) -> list[str]:
             else:
                 raise FileNotFoundError(f"shard {name} does not exist.")
     return _some(list(dict.fromkeys(found)), "the list of shards")
+
+
+def _lead_somewhere(shards: str) -> bool:
+    try:
+        return bool(expand_shards(shards))
+    except (FileNotFoundError, UserError):
+        return False
+
+
+def look_for(**shards: str | list[str] | None) -> None:
+    """Looks for shards by the names of their settings, without reading any.
+
+    Raises:
+        MissingData: some lead to nothing; the message names the setting and the way out.
+
+    """
+    for name, value in shards.items():
+        try:
+            if value is not None:
+                expand_shards(value)
+        except FileNotFoundError as missing:
+            raise MissingData(
+                f"{name}: {str(missing).rstrip('.')}; make them with `python -m cyclefit.data pack`, those of the "
+                f"miniature world with `python -m cyclefit.miniature.scenes`, or set {name} to where they are"
+            ) from None
 
 
 def _some(found: list[str], where: str) -> list[str]:
@@ -713,8 +758,8 @@ class ShardData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        validation: str | list[str] | None = None,
+        train: Shards | list[Shards] | None = None,
+        validation: Shards | list[Shards] | None = None,
         *,
         image_size: int = 512,
         batch_size: int = 32,
@@ -724,7 +769,7 @@ class ShardData(L.LightningDataModule):
         num_workers: int = 4,
         shuffle_buffer: int = 2000,
         crop: Literal["random", "center"] = "random",
-        latents: str | None = None,
+        latents: NameOrPath | None = None,
         seed: int = 0,
         max_bad_fraction: float = 0.1,
     ):

@@ -1,11 +1,14 @@
 """Evaluation of finetuned models: every model on the same inputs, a table, figures and a report."""
 
 import json
+from pathlib import Path
 
+from cyclefit.data.read import look_for
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
 from cyclefit.evaluate.score import score
+from cyclefit.runs import find_checkpoint
 
 __all__ = ["JUDGES", "captions", "compare", "images", "main", "report", "score"]
 
@@ -47,6 +50,12 @@ def main(arguments: list[str]) -> int:
         if count:
             arguments = ["compare", f"--runs={json.dumps(arguments[1 : count + 1])}", *arguments[count + 1 :]]
     parsed = parser.parse_args(resolve_configs(arguments))
+    if parsed.subcommand in ("captions", "images"):
+        # Before minutes are spent on loading models.
+        wanted = parsed[parsed.subcommand]
+        look_for(**{f"shards.{split}": shards for split, shards in wanted.shards.items()})
+        for run in wanted.runs or []:
+            find_checkpoint(Path(run), wanted.checkpoint)
     values = parser.instantiate_classes(parsed)[parsed.subcommand].as_dict()
     values.pop("config", None)
     return COMMANDS[parsed.subcommand](**values)

@@ -14,6 +14,7 @@ import torch
 
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
+from cyclefit.data.read import Shards
 from cyclefit.evaluate.analyses import (
     correlations,
     count_curve,
@@ -43,6 +44,7 @@ from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, caption_metrics, describe, self_bleu, tokenize
 from cyclefit.metrics.clip import clip_scores, retrieval
 from cyclefit.metrics.java import Java, Unavailable
+from cyclefit.paths import Folder
 from cyclefit.report import write_report
 from cyclefit.report.html import KINDS, gallery_keys
 from cyclefit.rerank import rerank, sample_seed, with_others
@@ -64,11 +66,11 @@ SHOWN_SIDE = 256
 
 
 def captions(
-    shards: dict[str, str],
+    shards: dict[str, Shards],
     captioner: Captioner,
     generator: Generator,
     scorer: Scorer,
-    runs: list[str] | None = None,
+    runs: list[Folder] | None = None,
     out: str = "runs/evaluation",
     judges: dict[str, Judge] | None = None,
     num_candidates: int = 10,

@@ -19,6 +19,7 @@ from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
+from cyclefit.data.read import Shards
 from cyclefit.evaluate.analyses import correlations, count_curve, difference, estimate, failures, gains, rank_curve
 from cyclefit.evaluate.common import (
     Rows,
@@ -38,6 +39,7 @@ from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
 from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.paths import Folder
 from cyclefit.report import write_report
 from cyclefit.rerank import Drawings, rerank_images, sample_seed
 from cyclefit.scorers import Scorer
@@ -50,12 +52,12 @@ SUM = "text cycle + image-text"
 
 
 def images(
-    shards: dict[str, str],
+    shards: dict[str, Shards],
     generator: Generator,
     captioner: Captioner,
     scorer: Scorer,
     held_out: Scorer | None = None,
-    runs: list[str] | None = None,
+    runs: list[Folder] | None = None,
     out: str = "runs/image_evaluation",
     num_candidates: int = 10,
     rerank_runs: bool = False,
