@@ -179,6 +179,7 @@ class Blip(Captioner):
                 files = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
                 self.model = whole(BlipForConditionalGeneration.from_pretrained(pretrained, **files), pretrained)
             self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            mean, std = _preprocessing(pretrained)
         self.pretrained = pretrained
         text, vision = self.model.config.text_config, self.model.config.vision_config
         self.image_size = vision.image_size
@@ -188,7 +189,6 @@ class Blip(Captioner):
         prefix = [self.begin_token_id, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
         self.max_tokens = min(self.max_tokens, text.max_position_embeddings - len(prefix) + 1)
-        mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.trainable = trainable

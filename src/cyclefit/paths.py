@@ -46,7 +46,7 @@ def _trained_in(folder: Path) -> str | None:
 
 @contextmanager
 def written_from(folder: Path) -> Iterator[None]:
-    """Within it a parser dumps paths relative to a folder, so that they hold when it is moved with what they lead to."""
+    """Within it a parser dumps paths relative to a folder: they hold when it is moved with what they lead to."""
     token = _written_from.set(Path(os.path.realpath(folder)))
     try:
         yield
