@@ -30,15 +30,16 @@ def checkpoint(run):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_path):
+def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_path, world):
     class Parsed(cli.RunCLI):
         def instantiate_classes(self):
             raise StopIteration
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "RunCLI", Parsed)
+    data = [f"--data.train={world / 'finetune'}", f"--data.validation={world / 'validation'}"]
     with pytest.raises(StopIteration):
-        cli.train(["--config", name])
+        cli.train(["--config", name, *data])
     config = yaml.safe_load((ROOT / "configs" / name).read_text())
     head = (ROOT / "configs" / name).read_text().split("name:")[0]
     assert f"python train.py --config {name}" in head, "each config is headed by its launch command"
@@ -46,7 +47,7 @@ def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_p
     with pytest.raises(StopIteration):
         cycles = [f"--model.{key}=null" for key in config["model"]["init_args"] if key.endswith("cycle")]
         assert all(cycle in head for cycle in cycles if name.startswith("cycle")), "the header names the baseline"
-        cli.train(["--config", name.removesuffix(".yaml"), *cycles, "--name=other"])
+        cli.train(["--config", name.removesuffix(".yaml"), *data, *cycles, "--name=other"])
 
 
 def test_an_unknown_config_lists_those_that_exist(capsys, monkeypatch):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -18,6 +17,7 @@ from cyclefit.metrics.statistics import seed_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
 from cyclefit.report.tables import reading
+from cyclefit.runs import read_config
 
 # What names a run, says where it lies or how it was launched, and not what it trained.
 APART = ("name", "group", "runs", "ckpt_path", "trainer.default_root_dir")
@@ -127,7 +127,7 @@ def read_run(folder: Path) -> dict:
 
     """
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = read_config(folder)
         metrics, seconds, gpu_seconds = read_metrics(folder / "metrics.jsonl")
         # Memory-mapped: of the weights nothing is read.
         state = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", mmap=True, weights_only=True)
