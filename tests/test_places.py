@@ -1,6 +1,7 @@
 """Paths are found from any folder, and what they lead to is looked for before models are loaded."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -90,8 +91,8 @@ def project(tmp_path, world, monkeypatch):
     shutil.copytree(ROOT / "configs", folder / "configs")
     weights = folder / "src" / "cyclefit" / "miniature" / "weights"
     weights.parent.mkdir(parents=True)
-    shutil.copytree(WEIGHTS, weights)
-    shutil.copytree(world, folder / "data" / "miniature")
+    shutil.copytree(WEIGHTS, weights, copy_function=os.symlink)
+    shutil.copytree(world, folder / "data" / "miniature", copy_function=os.symlink)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr(sys, "argv", ["train.py"])
@@ -115,18 +116,27 @@ def test_a_run_is_used_from_any_folder_and_after_it_was_moved(project, tmp_path,
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert load_run(run, which="generator")[0].pretrained.startswith(str(moved))
     assert f"from_pretrained('{moved}/src" in export.export(run, "diffusers", tmp_path / "lora")
+    monkeypatch.setattr("cyclefit.evaluate.images.write_report", str)  # drawing figures takes longer than all else
     small = ["--limit=2", "--generator.steps=1", "--out=evaluation", "--num_candidates=1"]
     runs = "--runs=['../new/name/results/x']"
     assert evaluate.main(["images", "--config", f"{moved}/configs/miniature_evaluate_images.yaml", runs, *small]) == 0
-    assert (tmp_path / "elsewhere" / "evaluation" / "report.html").exists()
+    assert (tmp_path / "elsewhere" / "evaluation" / "metrics.json").exists()
 
     def steps(folder):
         return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+    def best(folder):
+        states = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+        [state] = [state for name, state in states.items() if "val/CIDEr" in name]
+        return state["best_model_path"], float(state["best_model_score"])
+
+    score = best(run)[1]
 
     again = ["--ckpt_path=last", *SMALL]
     cli.train(["--config", f"../new/name/{config}", "--runs=../new/name/results", "--name=x", *again,
                "--trainer.max_steps=3"])  # fmt: skip
     assert steps(run) == 3
+    assert best(run) == (str(run / "checkpoints" / "best.ckpt"), score), "nothing was validated since"
     # The run alone, away from the models and data of its project.
     far = tmp_path / "far" / "and" / "away" / "x"
     far.parent.mkdir(parents=True)

@@ -132,7 +132,21 @@ class SaveRunConfig(SaveConfigCallback):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
 
 
-class LastCheckpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
+    """Knows its best score and file again where the run was moved, unlike ModelCheckpoint's own."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes the state, with files in the folder they are in now."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        files = {name: here(path) for name, path in state_dict.items() if name.endswith("model_path")}
+        super().load_state_dict(state_dict | files | {"best_k_models": best, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(RunCheckpoint):
     """`last.ckpt`, the newest state: at the end of every validation, every 15 minutes, and wherever the fit ends.
 
     ModelCheckpoint's own `save_last` beside a `monitor` writes only where the metric improved; its own
@@ -292,7 +306,7 @@ class RunCLI(LightningCLI):
         self.stop = StopOnSignal()
         checkpoints = self.folder / "checkpoints"
         monitor = self.model.monitor
-        best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
+        best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), last, *self._progress()]
         kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]
