@@ -7,9 +7,9 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from cyclefit import UserError, loading
@@ -158,7 +158,7 @@ def hub(tmp_path, monkeypatch):
     """Sets the hub's address, with an empty cache, and undoes that tests run offline."""
 
     def at(port: int) -> str:
-        address, constants = f"http://127.0.0.1:{port}", huggingface_hub.constants
+        address = f"http://127.0.0.1:{port}"
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)

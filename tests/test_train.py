@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import ImageFont
 
-from cyclefit import cli, start
+from cyclefit import cli, finetune, start
+from cyclefit.data import evaluation_batches
 from cyclefit.finetune import Finetune
 from tests.conftest import ROOT
 
@@ -245,6 +250,47 @@ def test_a_checkpoint_of_other_parameters_is_refused(launch):
     with pytest.raises(ValueError, match="does not fit the configuration"):
         launch("miniature_blip.yaml", "decoder", "--ckpt_path=last", "--model.captioner.trainable=cross-attention")
     assert run.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ("miniature_blip.yaml", ["caption: ", "reference: "]),
+        ("miniature_sd_lora.yaml", ["prompt: ", "captioner: "]),
+        ("miniature_cycle_both.yaml", ["caption: ", "reference: ", "prompt: ", "captioner: "]),
+    ],
+)
+def test_the_sample_grid_shows_what_went_in_and_what_came_out(launch, monkeypatch, world, config, shown):
+    grids, draw = [], finetune.sample_grid
+    monkeypatch.setattr(finetune, "sample_grid", lambda samples: grids.append(samples) or draw(samples))
+    without = [f"--model.{cycle}=null" for cycle in ("image_cycle", "text_cycle") if "both" in config]
+    launch(config, "grid", *without)
+    texts = [text for sample in grids[-1] for text in sample.texts]
+    batch = next(iter(evaluation_batches(str(world / "validation"), image_size=32, batch_size=4)))
+    assert all(any(text.startswith(name) for text in texts) for name in shown)
+    given = [text.partition(": ")[2] for text in texts if text.startswith(("reference: ", "prompt: "))]
+    assert set(given) == set(batch.captions)
+
+
+def test_texts_of_any_length_have_room_in_the_grid():
+    """Each line is drawn within its cell, below its images and above the next row's."""
+    long = ["prompt: " + "a painting of a very small dog " * 12, "captioner: " + "incomprehensibility" * 9, "x " * 9000]
+    image = torch.full((3, 32, 32), 0.5)
+    grid = np.asarray(
+        finetune.sample_grid([finetune.Sample(image, image, long), finetune.Sample(image, image, ["a"])] * 3)
+    )
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
+    rows = [row for text in long for row in finetune.wrapped(text, 256, font)]
+    assert all(font.getlength(row) <= 256 for row in rows)
+    for text, last in zip(long, (False, False, True), strict=True):
+        lines = finetune.wrapped(text, 256, font)
+        whole = "".join(text.split()) == "".join("".join(lines).split())
+        assert (lines[-1] == "[...]") == last and whole != last
+    height = grid.shape[0] // 2
+    assert height == 128 + 8 + 14 * len(rows)
+    white = (grid == 255).all(-1)
+    assert white[height - 2 : height].all() and not white[height - 10 : height - 2].all()
+    assert white[:, 256:264].all() and white[128:130].all() and not white[130:height].all()
 
 
 def test_what_the_cycle_needs_is_asked_for(launch):
