@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from cyclefit import UserError, cli, export, start
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.generators import Lora, StableDiffusion
+from cyclefit.runs import load_run
 from tests.conftest import ROOT
 
 PROMPTS, SEEDS = ["a red circle above a blue square", "a green triangle", "two small yellow stars"], [1, 2, 3]
@@ -124,6 +126,17 @@ def test_diffusers_draws_the_same_images_with_the_exported_adapters(name, form, 
     assert torch.equal(images, expected)
     parts = ["unet", "text_encoder"] if name == "encoder" else ["unet"]
     assert scales == {part: SCALES[name] for part in parts}
+
+
+def test_the_printed_lines_draw_the_images_of_the_run(runs, tmp_path):
+    """Pasted as they are, in a process that knows nothing of cyclefit."""
+    for name, form, out in (("encoder", "kohya", tmp_path / "x.safetensors"), ("average", "diffusers", tmp_path / "x")):
+        lines = export.export(runs / name, form, out)
+        fresh(f"{lines}\nimage.save({str(tmp_path / 'image.png')!r})\nprint('[]')")
+        expected = load_run(runs / name, which="generator")[0].generate(["a red boat on blue water"], [0])
+        with Image.open(tmp_path / "image.png") as image:
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(pixels, (expected[0] * 255).round().byte()), name
 
 
 def test_the_moving_average_is_exported(runs, drawn, weights):

@@ -2,14 +2,21 @@
 
 import json
 import shutil
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from cyclefit import UserError
+from cyclefit import UserError, loading
 from cyclefit.captioners import Blip
 from cyclefit.generators import StableDiffusion
+from cyclefit.loading import MissingModel
+from cyclefit.scorers import OpenClip
 
 SMALL_UNET = {
     "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -137,3 +144,85 @@ def test_the_miniature_captioner_without_a_weight_is_refused(tmp_path, weights):
         UserError, match=rf"blip' do not fit BlipForConditionalGeneration: they lack 1 weights \({name}\)"
     ):
         Blip(str(folder))
+
+
+PUBLISHED = {
+    "captioner": lambda: Blip("Salesforce/blip-image-captioning-base"),
+    "generator": lambda: StableDiffusion("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "scorer": lambda: OpenClip("ViT-B-32", "laion2b_s34b_b79k"),
+}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Sets the hub's address, with an empty cache, and undoes that tests run offline."""
+
+    def at(port: int) -> str:
+        address = f"http://127.0.0.1:{port}"
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        return address
+
+    return at
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_hub_that_does_not_answer_is_said_at_once(hub, accepts, caplog):
+    """It refuses connections, or accepts them and says nothing."""
+    for build in PUBLISHED.values():
+        with pytest.raises(MissingModel):  # offline: imports what it takes
+            build()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if accepts:
+            listener.listen()
+        address = hub(listener.getsockname()[1])
+        for kind, build in PUBLISHED.items():
+            start = time.perf_counter()
+            with pytest.raises(MissingModel, match=f"^cannot load the {kind} .*{address} does not answer: .*") as said:
+                build()
+            assert time.perf_counter() - start < 5
+            assert ("no answer within 4 s" in str(said.value)) == accepts
+    assert not caplog.records
+
+
+def test_a_slow_hub_is_waited_for(hub, weights):
+    class Slow(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            time.sleep(2.5 if self.path == "/" else 0.1)
+            path = weights / "blip" / self.path.rpartition("/resolve/main/")[2]
+            content = path.read_bytes() if "/resolve/" in self.path and path.is_file() else None
+            self.send_response(200 if content else 404)
+            self.send_header("Content-Length", str(len(content or b"")))
+            if content:
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("ETag", f'"{path.name}"')
+            else:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            if content and self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        hub(server.server_port)
+        found, local = Blip("any/blip"), Blip(str(weights / "blip"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert all(torch.equal(value, local.state_dict()[name]) for name, value in found.state_dict().items())
+    # What is cached needs no hub.
+    start = time.perf_counter()
+    loading._silence.cache_clear()
+    assert Blip("any/blip").vocab_size == local.vocab_size
+    assert time.perf_counter() - start < 5

@@ -6,13 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import ImageFont
 
-from cyclefit import cli, start
+from cyclefit import cli, finetune, start
+from cyclefit.data import evaluation_batches
 from cyclefit.finetune import Finetune
 from tests.conftest import ROOT
 
@@ -30,15 +35,16 @@ def checkpoint(run):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_path):
+def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_path, world):
     class Parsed(cli.RunCLI):
         def instantiate_classes(self):
             raise StopIteration
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "RunCLI", Parsed)
+    data = [f"--data.train={world / 'finetune'}", f"--data.validation={world / 'validation'}"]
     with pytest.raises(StopIteration):
-        cli.train(["--config", name])
+        cli.train(["--config", name, *data])
     config = yaml.safe_load((ROOT / "configs" / name).read_text())
     head = (ROOT / "configs" / name).read_text().split("name:")[0]
     assert f"python train.py --config {name}" in head, "each config is headed by its launch command"
@@ -46,7 +52,7 @@ def test_every_yaml_parses_through_the_real_entry_point(name, monkeypatch, tmp_p
     with pytest.raises(StopIteration):
         cycles = [f"--model.{key}=null" for key in config["model"]["init_args"] if key.endswith("cycle")]
         assert all(cycle in head for cycle in cycles if name.startswith("cycle")), "the header names the baseline"
-        cli.train(["--config", name.removesuffix(".yaml"), *cycles, "--name=other"])
+        cli.train(["--config", name.removesuffix(".yaml"), *data, *cycles, "--name=other"])
 
 
 def test_an_unknown_config_lists_those_that_exist(capsys, monkeypatch):
@@ -244,6 +250,47 @@ def test_a_checkpoint_of_other_parameters_is_refused(launch):
     with pytest.raises(ValueError, match="does not fit the configuration"):
         launch("miniature_blip.yaml", "decoder", "--ckpt_path=last", "--model.captioner.trainable=cross-attention")
     assert run.exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ("miniature_blip.yaml", ["caption: ", "reference: "]),
+        ("miniature_sd_lora.yaml", ["prompt: ", "captioner: "]),
+        ("miniature_cycle_both.yaml", ["caption: ", "reference: ", "prompt: ", "captioner: "]),
+    ],
+)
+def test_the_sample_grid_shows_what_went_in_and_what_came_out(launch, monkeypatch, world, config, shown):
+    grids, draw = [], finetune.sample_grid
+    monkeypatch.setattr(finetune, "sample_grid", lambda samples: grids.append(samples) or draw(samples))
+    without = [f"--model.{cycle}=null" for cycle in ("image_cycle", "text_cycle") if "both" in config]
+    launch(config, "grid", *without)
+    texts = [text for sample in grids[-1] for text in sample.texts]
+    batch = next(iter(evaluation_batches(str(world / "validation"), image_size=32, batch_size=4)))
+    assert all(any(text.startswith(name) for text in texts) for name in shown)
+    given = [text.partition(": ")[2] for text in texts if text.startswith(("reference: ", "prompt: "))]
+    assert set(given) == set(batch.captions)
+
+
+def test_texts_of_any_length_have_room_in_the_grid():
+    """Each line is drawn within its cell, below its images and above the next row's."""
+    long = ["prompt: " + "a painting of a very small dog " * 12, "captioner: " + "incomprehensibility" * 9, "x " * 9000]
+    image = torch.full((3, 32, 32), 0.5)
+    grid = np.asarray(
+        finetune.sample_grid([finetune.Sample(image, image, long), finetune.Sample(image, image, ["a"])] * 3)
+    )
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
+    rows = [row for text in long for row in finetune.wrapped(text, 256, font)]
+    assert all(font.getlength(row) <= 256 for row in rows)
+    for text, last in zip(long, (False, False, True), strict=True):
+        lines = finetune.wrapped(text, 256, font)
+        whole = "".join(text.split()) == "".join("".join(lines).split())
+        assert (lines[-1] == "[...]") == last and whole != last
+    height = grid.shape[0] // 2
+    assert height == 128 + 8 + 14 * len(rows)
+    white = (grid == 255).all(-1)
+    assert white[height - 2 : height].all() and not white[height - 10 : height - 2].all()
+    assert white[:, 256:264].all() and white[128:130].all() and not white[130:height].all()
 
 
 def test_what_the_cycle_needs_is_asked_for(launch):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, whole
+from cyclefit.paths import NameOrPath
 from cyclefit.ranges import Count, Natural, Positive, Range, Share, checked
 
 
@@ -183,7 +184,7 @@ class Blip(Captioner):
 
     def __init__(
         self,
-        pretrained: str = "Salesforce/blip-image-captioning-base",
+        pretrained: NameOrPath | str = "Salesforce/blip-image-captioning-base",
         trainable: Trainable | None = None,
         prompt: str = "",
         label_smoothing: Share = 0.1,
@@ -200,6 +201,7 @@ class Blip(Captioner):
                 files = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
                 self.model = whole(BlipForConditionalGeneration.from_pretrained(pretrained, **files), pretrained)
             self.tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            mean, std = _preprocessing(pretrained)
         self.pretrained = pretrained
         text, vision = self.model.config.text_config, self.model.config.vision_config
         self.image_size = vision.image_size
@@ -210,7 +212,6 @@ class Blip(Captioner):
         self.register_buffer("prefix", torch.tensor(prefix), persistent=False)
         self.max_new_tokens = text.max_position_embeddings - len(prefix) + 1
         self.max_tokens = min(self.max_tokens, self.max_new_tokens)
-        mean, std = _preprocessing(pretrained)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.trainable = trainable

@@ -33,8 +33,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from cyclefit import UserError
 from cyclefit.data import ShardData
+from cyclefit.data.read import look_for
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
+from cyclefit.paths import Folder, NameOrPath, written_from
 from cyclefit.runs import RESUMABLE, has_trained, hold, newest, read_checkpoint, saved, write_checkpoint
 from cyclefit.settings import parse
 from cyclefit.start import resolve_configs
@@ -141,19 +143,35 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_text(self.parser.dump(self.config, skip_none=False))
+        with written_from(path.parent):
+            partial.write_text(self.parser.dump(self.config, skip_none=False))
         partial.replace(path)
         self.written = True
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Logs the nested configuration."""
-        config = self.parser.dump(self.config, format="json", skip_none=False)
+        with written_from(Path(trainer.default_root_dir)):
+            config = self.parser.dump(self.config, format="json", skip_none=False)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
 
 
-class LastCheckpoint(ModelCheckpoint):
+class RunCheckpoint(ModelCheckpoint):
+    """Knows its best score and file again where the run was moved, unlike ModelCheckpoint's own."""
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes the state, with files in the folder they are in now."""
+
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        files = {name: here(path) for name, path in state_dict.items() if name.endswith("model_path")}
+        super().load_state_dict(state_dict | files | {"best_k_models": best, "dirpath": self.dirpath})
+
+
+class LastCheckpoint(RunCheckpoint):
     """`last.ckpt`, the newest state: at the end of every validation, every 15 minutes, and wherever the fit ends.
 
     Where an error ends it, that is the state after the last optimizer step, with its validation still to come if that
@@ -362,8 +380,8 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser) -> None:
         """What a run is called, where runs lie, and what it continues from."""
         parser.add_argument("--name", type=str, help="the run's name: everything it writes is in RUNS/NAME")
-        parser.add_argument("--runs", type=str, default="runs", help="the folder of all runs")
-        parser.add_argument("--ckpt_path", type=str | None, help="what to continue from: `last`, `auto`, a file")
+        parser.add_argument("--runs", type=Folder, default="runs", help="the folder of all runs")
+        parser.add_argument("--ckpt_path", type=NameOrPath | None, help="what to continue from: `last`, `auto`, a file")
         parser.add_argument("--group", type=str | None, help="the W&B group of this run")
         parser.add_argument(
             "--dry_run",
@@ -413,7 +431,11 @@ class RunCLI(LightningCLI):
                 else "it has saved nothing, so start it anew with --ckpt_path auto"
             )
             raise UserError(f"{self.folder} already holds a run: {how}, choose another --name, or delete it")
-        config.trainer.default_root_dir = str(self.folder)
+        if config.data.train is None:
+            raise UserError("no training shards: set data.train to a folder or pattern of shards")
+        # Before minutes are spent on loading models.
+        look_for(**{f"data.{split}": config.data[split] for split in ("train", "validation")})
+        config.trainer.default_root_dir = str(self.folder.absolute())
 
     def instantiate_classes(self) -> None:
         """The module, its data and the trainer; in a dry run the module alone, without weights."""
@@ -433,7 +455,7 @@ class RunCLI(LightningCLI):
         self.stop = StopOnSignal()
         checkpoints = self.folder / "checkpoints"
         monitor = self.model.monitor
-        best = ModelCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
+        best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), last, *self._progress()]
         kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]

@@ -48,11 +48,7 @@ def export(run: Path, form: str, out: Path, checkpoint: str = "last") -> str:
             settings = config["model"]["init_args"]["generator"]["init_args"]
             lora = Lora(**settings["lora"] | {"targets": tuple(settings["lora"]["targets"])})
             {"diffusers": _diffusers, "kohya": _kohya}[form](lora, _adapters(trained), partial)
-            usage = (
-                "from diffusers import StableDiffusionPipeline\n"
-                f"pipeline = StableDiffusionPipeline.from_pretrained({settings['pretrained']!r})\n"
-                f"pipeline.load_lora_weights({str(out)!r})"
-            )
+            usage = _drawing(settings, out)
         partial.replace(out)
     finally:
         _remove(partial)
@@ -92,6 +88,25 @@ def _diffusers(lora: Lora, parts: dict[str, dict[str, Tensor]], partial: Path) -
         text_encoder_lora_layers=parts["text_encoder"],
         unet_lora_adapter_metadata=settings | {"target_modules": sorted(lora.targets)},
         text_encoder_lora_adapter_metadata=settings | {"target_modules": sorted(encoder)},
+    )
+
+
+def _drawing(settings: dict, out: Path) -> str:
+    """Lines that draw as `StableDiffusion.generate` does with the run's settings."""
+    drawn = {"num_inference_steps": settings["steps"], "guidance_scale": settings["guidance_scale"]}
+    if settings["image_size"] is not None:
+        drawn |= {"height": settings["image_size"], "width": settings["image_size"]}
+    named = ", ".join(f"{name}={value!r}" for name, value in drawn.items())
+    return (
+        "import torch\n"
+        "from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline\n"
+        f"pipeline = StableDiffusionPipeline.from_pretrained({str(settings['pretrained'])!r})\n"
+        "pipeline.scheduler = DPMSolverMultistepScheduler.from_config(\n"
+        "    pipeline.scheduler.config, algorithm_type='dpmsolver++', lower_order_final=True\n"
+        ")\n"
+        f"pipeline.load_lora_weights({str(out)!r})\n"
+        "prompt, seed = 'a red boat on blue water', torch.Generator().manual_seed(0)\n"
+        f"image = pipeline(prompt, generator=seed, {named}).images[0]"
     )
 
 

@@ -1,15 +1,16 @@
 """Finetuning as LightningModules: a model's own loss plus a cycle reconstruction loss through frozen partners."""
 
-import textwrap
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as L
+import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -17,6 +18,7 @@ from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.cycles import ImageCycle, Reading, TextCycle
+from cyclefit.data.read import latents_source
 from cyclefit.generators import Generator
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
@@ -24,6 +26,16 @@ from cyclefit.metrics.aggregation import CaptionMetrics
 from cyclefit.ranges import OPTIMIZER, BelowOne, Count, Natural, Positive, Seed, Share, check, checked
 from cyclefit.rerank import sample_seed
 from cyclefit.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of validation as the grid shows it."""
+
+    source: Float[Tensor, "3 h w"]
+    drawn: Float[Tensor, "3 h2 w2"]
+    texts: list[str]
+    """Each begins on a line of its own."""
 
 
 class Finetune(L.LightningModule, ABC):
@@ -43,7 +55,7 @@ class Finetune(L.LightningModule, ABC):
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.seed = seed
-        self._samples: list[tuple[Tensor, Tensor | None, str, float]] = []
+        self._samples: list[Sample] = []
         self._watched: list[tuple[int, list[str], Tensor]] = []
         self._sound: list[str] = []
         # The frozen models are not in the checkpoint; `load_state_dict` checks that all the rest is.
@@ -118,7 +130,7 @@ class Finetune(L.LightningModule, ABC):
         """Checks that cached latents, where the data come with them, are those of this generator."""
         data = getattr(self._trainer, "datamodule", None)
         cached, own = getattr(data, "latents", None), getattr(self.generator, "pretrained", None)
-        if cached and cached != own:
+        if cached and (own is None or latents_source(cached) != latents_source(own)):
             raise UserError(f"data.latents are those of {cached}, model.generator is {own}: set both to the same")
 
     @abstractmethod
@@ -314,7 +326,10 @@ class CaptionerFinetune(Finetune):
         drawn = self.generator.generate(captions[:room], seeds[:room])
         similarities = (self.scorer.embed_images(images) * self.scorer.embed_images(drawn)).sum(-1)
         self.image_similarity.update(similarities)
-        self._samples += zip(images.cpu(), drawn.cpu(), captions[:room], similarities.tolist(), strict=True)
+        for i, similarity in enumerate(similarities.tolist()):
+            texts = [f"caption: {captions[i]}", f"reference: {batch.captions[i]}"]
+            texts.append(f"{similarity:.2f} image similarity, {self.scorer.label}")
+            self._samples.append(Sample(images[i].cpu(), drawn[i].cpu(), texts))
 
     def validation_results(self) -> dict[str, Tensor]:
         """Caption metrics of the greedy captions, image similarity of the round trip."""
@@ -470,23 +485,27 @@ class GeneratorFinetune(Finetune):
             return
         images, prompts, references = batch.images[:room], batch.captions[:room], batch.references[:room]
         seeds = [sample_seed(key) for key in batch.keys[:room]]
-        drawn, captions, values, similarities = self.generator.generate(prompts, seeds), prompts, {}, [0.0] * len(seeds)
+        drawn, values = self.generator.generate(prompts, seeds), {}
+        lines = [[f"prompt: {prompt}"] for prompt in prompts]
         if self.captioner is not None:
             features, tokens = self.captioner.embed(drawn), self.captioner.tokenize(prompts)
             values["caption_nll"] = -self.captioner.log_prob(features, tokens) / self.captioner.mask(tokens).sum(1)
             captions = self.captioner.decode(self.captioner.generate(features, Decoding(), seeds)[:, 0])
             self.caption_metrics.update(captions, references)
+            for shown, caption in zip(lines, captions, strict=True):
+                shown.append(f"captioner: {caption}")
         for label, scorer in self.scorers.items():
             embedded, texts = scorer.embed_images(drawn), scorer.embed_texts(prompts)
             values[f"image_similarity/{label}"] = (scorer.embed_images(images) * embedded).sum(-1)
             values[f"image_text_similarity/{label}"] = (texts * embedded).sum(-1)
             if self.captioner is not None:
                 values[f"text_similarity/{label}"] = (texts * scorer.embed_texts(captions)).sum(-1)
-            similarities = values[f"image_similarity/{label}"].tolist()
+            for shown, similarity in zip(lines, values[f"image_similarity/{label}"].tolist(), strict=True):
+                shown.append(f"{similarity:.2f} image similarity, {label}")
         for name, value in values.items():
             self.means[name].update(value)
-        shown = 16 - len(self._samples)
-        self._samples += list(zip(images.cpu(), drawn.cpu(), captions, similarities, strict=True))[:shown]
+        for i in range(min(len(prompts), 16 - len(self._samples))):
+            self._samples.append(Sample(images[i].cpu(), drawn[i].cpu(), lines[i]))
 
     def validation_results(self) -> dict[str, Tensor]:
         """Similarities by every scorer, the captioner's NLL of the prompts, metrics of its captions."""
@@ -619,7 +638,7 @@ class AlternatingFinetune(Finetune):
 
     def validation_results(self) -> dict[str, Tensor]:
         """The captioner's results under their names, the generator's under `generator/`."""
-        self._samples = self.captioning._samples
+        self._samples = self.captioning._samples + self.drawing._samples
         self.captioning._samples, self.drawing._samples = [], []
         drawn = {f"generator/{name}": value for name, value in self.drawing.validation_results().items()}
         return self.captioning.validation_results() | drawn
@@ -634,20 +653,42 @@ def half_frozen(model: nn.Module) -> None:
             parameter.data = parameter.data.bfloat16()
 
 
-def sample_grid(
-    samples: list[tuple[Float[Tensor, "3 h w"], Float[Tensor, "3 h2 w2"], str, float]],
-) -> Image.Image:
-    """Sources, what was regenerated from their captions, the captions and the similarities, as one picture."""
-    side, columns, text = 128, 4, 46
-    rows = -(-len(samples) // columns)
-    grid = Image.new("RGB", (columns * (2 * side + 8), rows * (side + text)), "white")
+def sample_grid(samples: list[Sample]) -> Image.Image:
+    """The samples as one picture: source, what was drawn, and under both the texts of the sample."""
+    # Pillow's own font knows Latin letters only.
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
+    side, columns, gap, line = 128, 4, 8, 14
+    texts = [[row for text in sample.texts for row in wrapped(text, 2 * side, font)] for sample in samples]
+    rows = [slice(start, start + columns) for start in range(0, len(samples), columns)]
+    heights = [side + gap + line * max(map(len, texts[row])) for row in rows]
+    grid = Image.new("RGB", (columns * (2 * side + gap), sum(heights)), "white")
     draw = ImageDraw.Draw(grid)
-    for k, (source, drawn, caption, similarity) in enumerate(samples):
-        x, y = k % columns * (2 * side + 8), k // columns * (side + text)
-        for offset, image in ((0, source), (side, drawn)):
-            pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            resample = Image.Resampling.NEAREST if pixels.shape[0] < side else Image.Resampling.LANCZOS
-            grid.paste(Image.fromarray(pixels).resize((side, side), resample), (x + offset, y))
-        lines = textwrap.wrap(f"{similarity:.2f}  {caption}", 42)[:3]
-        draw.multiline_text((x + 2, y + side + 2), "\n".join(lines), fill="black")
+    for number, row in enumerate(rows):
+        y = sum(heights[:number])
+        for column, (sample, said) in enumerate(zip(samples[row], texts[row], strict=True)):
+            x = column * (2 * side + gap)
+            for offset, image in ((0, sample.source), (side, sample.drawn)):
+                pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+                resample = Image.Resampling.NEAREST if pixels.shape[0] < side else Image.Resampling.LANCZOS
+                grid.paste(Image.fromarray(pixels).resize((side, side), resample), (x + offset, y))
+            for k, text in enumerate(said):
+                draw.text((x, y + side + 2 + k * line), text, fill="black", font=font)
     return grid
+
+
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, most: int = 20) -> list[str]:
+    """A text in lines of at most `width` pixels, broken within a word only where that is too long itself.
+
+    What is longer than `most` lines ends in `[...]`.
+    """
+    lines = [""]
+    for word in text[:5000].split():
+        if font.getlength(longer := f"{lines[-1]} {word}".strip()) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines if len(lines) <= most else [*lines[: most - 1], "[...]"]

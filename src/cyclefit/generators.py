@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cyclefit import UserError
 from cyclefit.loading import freeze, loading, own_precision, resized, seeded, sketched, weights_dtype, whole
+from cyclefit.paths import NameOrPath
 from cyclefit.ranges import Count, Positive, checked
 
 
@@ -175,7 +176,7 @@ class StableDiffusion(Generator):
 
     def __init__(
         self,
-        pretrained: str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        pretrained: NameOrPath | str = "stable-diffusion-v1-5/stable-diffusion-v1-5",
         steps: Count = 20,
         guidance_scale: Positive = 7.5,
         image_size: Count | None = None,

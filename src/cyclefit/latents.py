@@ -20,6 +20,7 @@ from cyclefit.data.read import (
     BadSample,
     decode_image,
     expand_shards,
+    latents_source,
     raw_samples,
     read_captions,
     read_extra,
@@ -33,7 +34,7 @@ from cyclefit.start import run
 def with_latents(urls: list[str], generator: StableDiffusion, batch_size: int, done: set[str]) -> Iterator[Sample]:
     """The samples of shards with the latents of their images' centres, in half precision; not those that are `done`."""
     size = generator.image_size
-    made = {"generator": generator.pretrained, "image_size": str(size)}
+    made = {"generator": latents_source(generator.pretrained), "image_size": str(size)}
 
     def decoded() -> Iterator[tuple[Sample, np.ndarray | None]]:
         for sample in (sample for url in urls for sample in raw_samples(url) if sample["__key__"] not in done):

@@ -1,7 +1,12 @@
 """What every model adapter shares: pretrained files with a clear error, resizing, per-sample random numbers."""
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cyclefit import UserError
+from cyclefit.paths import is_path
 
 
 class MissingModel(UserError, FileNotFoundError):
@@ -19,20 +25,55 @@ class MissingModel(UserError, FileNotFoundError):
 def loading(kind: str, name: str) -> Iterator[None]:
     """Turns what a hub client raises for missing files or network into one sentence with the way out.
 
+    Where the hub does not answer only its cache is looked at: clients try again for a minute.
+
     Raises:
         MissingModel: the model is neither a readable local folder nor to be had from the hub.
 
     """
+    from huggingface_hub import constants
+
+    local, silence = Path(name).is_dir(), None
     try:
-        yield
+        if is_path(name) and not local:
+            raise FileNotFoundError(f"there is no folder {name}")
+        if not local and not constants.is_offline_mode():
+            silence = _silence(constants.ENDPOINT)
+        with patch.object(constants, "HF_HUB_OFFLINE", True) if silence else nullcontext():
+            yield
     except UserError:
         raise
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        if not local and not is_path(name) and isinstance(error, OSError) and constants.is_offline_mode():
+            silence = "HF_HUB_OFFLINE is set"
         raise MissingModel(
             f"cannot load the {kind} {name!r}: give the id of a model on the hub (with network access), a local folder "
-            f"in the hub's own layout, or set HF_HOME to a cache that holds it ({type(error).__name__}: {reason})"
+            f"in the hub's own layout, or set HF_HOME to a cache that holds it ({silence or reason})"
         ) from error
+
+
+@cache
+def _silence(endpoint: str) -> str | None:
+    """What keeps the hub from answering, None if it answers; asked once, and told within five seconds."""
+    from huggingface_hub import get_session
+
+    limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)
+    said = [f"no answer within {limit:g} s; HF_HUB_ETAG_TIMEOUT=30 waits longer"]
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=limit)
+            said.append("")
+        except Exception as error:  # whatever the client's library raises
+            if "timed out" not in str(error):
+                said.append(str(error))
+
+    # A thread, because no timeout holds for the look-up of a name.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(limit)
+    return f"{endpoint} does not answer: {said[-1]}" if said[-1] else None
 
 
 def whole(loaded: tuple[nn.Module, dict], name: str) -> nn.Module:

@@ -20,6 +20,7 @@ from cyclefit import UserError
 from cyclefit.captioners import Captioner
 from cyclefit.digests import digest
 from cyclefit.generators import Generator
+from cyclefit.paths import found
 
 Which = Literal["captioner", "generator"]
 
@@ -177,6 +178,50 @@ def newest(folder: Path) -> tuple[Path, str | None]:
     return found[1 if damages and found[0].name in damages[0] else 0], "; ".join(damages) or None
 
 
+def find_checkpoint(folder: Path, checkpoint: str = "last") -> Path:
+    """A checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or no such checkpoint.
+
+    """
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not (folder / "config.yaml").exists():
+        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
+        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
+    if not path.exists():
+        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
+    return path
+
+
+def read_config(folder: Path) -> dict:
+    """A run's configuration, with paths that are relative to its folder made absolute.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: the file holds something else.
+
+    """
+
+    def located(value):
+        if isinstance(value, dict):
+            return {key: located(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [located(inner) for inner in value]
+        # As `paths.written` writes them.
+        relative = isinstance(value, str) and (value == ".." or value.startswith(("./", "../")))
+        return found(value, folder) if relative else value
+
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.yaml is no configuration that a run has written")
+    return located(config)
+
+
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
     """A run's configuration and the parameters it trained by name, `captioner...`, `generator...`.
 
@@ -188,20 +233,8 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
         UserError: the checkpoint is damaged or none of a run, or the configuration is none.
 
     """
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
-    if not (folder / "config.yaml").exists():
-        runs = ", ".join(sorted(str(p.parent) for p in folder.parent.glob("*/config.yaml"))) or "none"
-        raise FileNotFoundError(f"{folder} holds no run (no config.yaml in it); runs beside it: {runs}")
-    if not path.exists():
-        saved = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt"))) or "none"
-        raise FileNotFoundError(f"{path} does not exist; checkpoints the run has saved so far: {saved}")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.yaml is no configuration that a run has written")
-    state = read_checkpoint(path)
+    path = find_checkpoint(folder, checkpoint)
+    config, state = read_config(folder), read_checkpoint(path)
     # The moving average lists the same parameters in the same order.
     tensors = list(state.get("ema", {}).get("shadow_params", state["state_dict"].values()))
     # A run of both models holds each under one of its halves.

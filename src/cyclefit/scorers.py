@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit.loading import MissingModel, freeze, loading, own_precision, resized, sketched, weights_dtype
+from cyclefit.paths import NameOrPath, is_path
 from cyclefit.ranges import Count, checked
 
 
@@ -55,18 +56,25 @@ class OpenClip(Scorer):
 
     """
 
-    def __init__(self, model: str = "ViT-L-14-quickgelu", pretrained: str | None = "openai", batch_size: Count = 256):
+    def __init__(
+        self,
+        model: NameOrPath | str = "ViT-L-14-quickgelu",
+        pretrained: str | None = "openai",
+        batch_size: Count = 256,
+    ):
         super().__init__()
         import open_clip
 
         local = Path(model).is_dir()
         identifier = f"local-dir:{model}" if local else model
-        if not local and model not in open_clip.list_models():
+        if not local and not is_path(model) and model not in open_clip.list_models():
             raise MissingModel(
                 f"cannot load the scorer {model!r}: neither a local folder with an open_clip_config.json nor one of "
                 f"open_clip's models ({', '.join(open_clip.list_models()[:8])}, ...)"
             )
         with loading("scorer", model):
+            if not local and not sketched() and (files := open_clip.get_pretrained_cfg(model, pretrained or "")):
+                open_clip.download_pretrained(files)  # `create_model` would log what it raises
             self.model = open_clip.create_model(
                 identifier,
                 None if local or sketched() else pretrained,

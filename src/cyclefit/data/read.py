@@ -1,6 +1,7 @@
 """Read shards: a seeded, resumable stream for training and one exact pass for evaluation."""
 
 import glob
+import hashlib
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Literal
@@ -29,6 +31,7 @@ from webdataset.gopen import gopen
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
+from cyclefit.paths import NameOrPath, found, register_path
 from cyclefit.ranges import Count, Natural, Seed, Share, checked
 
 from .tars import IMAGES, read_tar
@@ -55,8 +58,27 @@ _UPRIGHT = {
 """What turns an image of each EXIF orientation upright."""
 
 
+class Shards(str):
+    """What `expand_shards` takes; paths in it are absolute once it is parsed."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Shards":
+        """What a text means where it stands."""
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{text!r} is neither a path, a pattern nor a URL")
+        local = text.removeprefix("file://").removeprefix("file:")
+        return cls(text if _REMOTE.match(local) else found(local, exists=_lead_somewhere))
+
+
+register_path(Shards)
+
+
 class BadSample(Exception):
     """Why a sample cannot be used, in a few words that repeat from sample to sample."""
+
+
+class MissingData(UserError, FileNotFoundError):
+    """A path, folder or pattern leads to no shards."""
 
 
 class UnusableData(UserError):
@@ -137,6 +159,31 @@ def expand_shards(shards: str | Path | list[str]) -> list[str]:
             else:
                 raise FileNotFoundError(f"shard {name} does not exist.")
     return _some(list(dict.fromkeys(found)), "the list of shards")
+
+
+def _lead_somewhere(shards: str) -> bool:
+    try:
+        return bool(expand_shards(shards))
+    except (FileNotFoundError, UserError):
+        return False
+
+
+def look_for(**shards: str | list[str] | None) -> None:
+    """Looks for shards by the names of their settings, without reading any.
+
+    Raises:
+        MissingData: some lead to nothing; the message names the setting and the way out.
+
+    """
+    for name, value in shards.items():
+        try:
+            if value is not None:
+                expand_shards(value)
+        except FileNotFoundError as missing:
+            raise MissingData(
+                f"{name}: {str(missing).rstrip('.')}; make them with `python -m cyclefit.data pack`, those of the "
+                f"miniature world with `python -m cyclefit.miniature.scenes`, or set {name} to where they are"
+            ) from None
 
 
 def _some(found: list[str], where: str) -> list[str]:
@@ -244,6 +291,15 @@ def read_extra(sample: dict) -> dict:
     return {name: value for name, value in extra.items() if name not in ("caption", "captions")}
 
 
+@cache
+def latents_source(generator: str) -> str:
+    """What latents are known by: the id of a generator on the hub, of a local one the contents of its autoencoder."""
+    digest = hashlib.sha256()
+    for path in (files := sorted(path for path in Path(generator, "vae").glob("*") if path.is_file())):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return f"vae {digest.hexdigest()[:16]}" if files else generator
+
+
 def read_latents(sample: dict, generator: str, size: int) -> Float16[np.ndarray, "c h w"]:
     """The latents of a sample's image that `python -m cyclefit.latents` put beside it.
 
@@ -259,10 +315,9 @@ def read_latents(sample: dict, generator: str, size: int) -> Float16[np.ndarray,
         latents = load(data)["latents"]
     except Exception:  # whatever the broken bytes lead to
         raise BadSample("broken latents") from None
-    if made != {"generator": generator, "image_size": str(size)}:
-        raise BadSample(
-            f"latents of {made.get('generator')} at {made.get('image_size')} px, not of {generator} at {size}"
-        )
+    wanted = latents_source(generator)
+    if made != {"generator": wanted, "image_size": str(size)}:
+        raise BadSample(f"latents of {made.get('generator')} at {made.get('image_size')} px, not of {wanted} at {size}")
     return latents
 
 
@@ -686,8 +741,8 @@ class ShardData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] | None = None,
-        validation: str | list[str] | None = None,
+        train: Shards | list[Shards] | None = None,
+        validation: Shards | list[Shards] | None = None,
         *,
         image_size: Count = 512,
         batch_size: Count = 32,
@@ -697,7 +752,7 @@ class ShardData(L.LightningDataModule):
         num_workers: Natural = 4,
         shuffle_buffer: Natural = 2000,
         crop: Literal["random", "center"] = "random",
-        latents: str | None = None,
+        latents: NameOrPath | None = None,
         seed: Seed = 0,
         max_bad_fraction: Share = 0.1,
     ):

@@ -8,12 +8,13 @@ from pathlib import Path
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cyclefit import UserError
+from cyclefit.data.read import look_for
 from cyclefit.evaluate.captions import JUDGES, captions
 from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import images
 from cyclefit.evaluate.score import score
-from cyclefit.runs import hold
+from cyclefit.runs import find_checkpoint, hold
 
 __all__ = ["JUDGES", "captions", "compare", "images", "main", "report", "score"]
 
@@ -67,6 +68,9 @@ def main(arguments: list[str]) -> int:
     with ExitStack() as held:
         if name in ("captions", "images"):  # before models are loaded
             check_out(Path(parsed.out), name, parsed.shards)
+            look_for(**{f"shards.{split}": shards for split, shards in parsed.shards.items()})
+            for run in parsed.runs or []:
+                find_checkpoint(Path(run), parsed.checkpoint)
             if rank_zero_only.rank == 0:  # of a launch
                 held.enter_context(hold(Path(parsed.out), "--out"))
         values = parsers[name].instantiate_classes(parsed).as_dict()

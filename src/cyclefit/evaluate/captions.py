@@ -15,7 +15,7 @@ import torch
 
 from cyclefit.captioners import Captioner, Decoding
 from cyclefit.data import evaluation_batches
-from cyclefit.data.read import expand_shards
+from cyclefit.data.read import Shards, expand_shards
 from cyclefit.digests import digest, digest_of_shards
 from cyclefit.evaluate.analyses import (
     correlations,
@@ -47,6 +47,7 @@ from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, caption_metrics, describe, self_bleu, tokenize
 from cyclefit.metrics.clip import clip_scores, retrieval
 from cyclefit.metrics.java import Java, Unavailable
+from cyclefit.paths import Folder
 from cyclefit.ranges import Count, Natural, Range, Seed
 from cyclefit.report import write_report
 from cyclefit.report.html import KINDS, gallery_keys
@@ -69,11 +70,11 @@ SHOWN_SIDE = 256
 
 
 def captions(
-    shards: dict[str, str],
+    shards: dict[str, Shards],
     captioner: Captioner,
     generator: Generator,
     scorer: Scorer,
-    runs: list[str] | None = None,
+    runs: list[Folder] | None = None,
     out: str = "runs/evaluation",
     judges: dict[str, Judge] | None = None,
     num_candidates: Count = 10,

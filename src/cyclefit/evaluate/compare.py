@@ -6,7 +6,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -18,6 +17,7 @@ from cyclefit.metrics.statistics import seed_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
 from cyclefit.report.tables import reading
+from cyclefit.runs import read_config
 from cyclefit.runs import read_run as read_trained
 
 # What names a run, says where it lies or how it was launched, and not what it trained.
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> dict:
 
     """
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = read_config(folder)
         metrics, seconds, gpu_seconds = read_metrics(folder / "metrics.jsonl")
         last, _ = read_trained(folder)
         steps, planned = last["steps"], config["trainer"]["max_steps"]

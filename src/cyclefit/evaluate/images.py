@@ -19,7 +19,7 @@ from cyclefit import UserError
 from cyclefit.batch import Batch
 from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
-from cyclefit.data.read import expand_shards
+from cyclefit.data.read import Shards, expand_shards
 from cyclefit.digests import digest, digest_of_shards
 from cyclefit.evaluate.analyses import correlations, count_curve, difference, estimate, failures, gains, rank_curve
 from cyclefit.evaluate.common import (
@@ -41,6 +41,7 @@ from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
 from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.paths import Folder
 from cyclefit.ranges import Count, Natural, Seed
 from cyclefit.report import write_report
 from cyclefit.rerank import Drawings, rerank_images, sample_seed
@@ -54,12 +55,12 @@ SUM = "text cycle + image-text"
 
 
 def images(
-    shards: dict[str, str],
+    shards: dict[str, Shards],
     generator: Generator,
     captioner: Captioner,
     scorer: Scorer,
     held_out: Scorer | None = None,
-    runs: list[str] | None = None,
+    runs: list[Folder] | None = None,
     out: str = "runs/image_evaluation",
     num_candidates: Count = 10,
     rerank_runs: bool = False,

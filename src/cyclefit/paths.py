@@ -1,0 +1,100 @@
+"""Paths in yaml files are relative to the file they stand in, those on the command line to where one stands.
+
+jsonargparse changes into the folder of a file while it reads it, so both are relative to the working directory at the
+time a value is parsed: these types make them absolute then, and write them relative to the folder of a run.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import yaml
+from jsonargparse.typing import register_type
+
+_written_from: ContextVar[Path | None] = ContextVar("_written_from", default=None)
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can only be a path, and not the name of a model."""
+    return text.startswith((".", "/", "~"))
+
+
+def found(text: str, folder: Path | None = None, exists: Callable[[str], bool] = os.path.exists) -> str:
+    """The absolute path that `text` means in a file of `folder`, or in the working directory.
+
+    Where the folder is that of a run which was moved, and the path leads nowhere from there, it is looked for from
+    where the run was trained.
+    """
+    folder, text = Path(os.path.realpath(folder or Path.cwd())), os.path.expanduser(text)
+    path = os.path.abspath(folder / text)
+    if not os.path.isabs(text) and not exists(path) and (trained := _trained_in(folder)):
+        before = os.path.normpath(os.path.join(trained, text))
+        return before if exists(before) else path
+    return path
+
+
+def _trained_in(folder: Path) -> str | None:
+    """Where the run of a folder was trained, as its configuration has it; None for any other folder."""
+    try:
+        root = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["default_root_dir"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return None
+    return root if isinstance(root, str) and os.path.isabs(root) else None
+
+
+@contextmanager
+def written_from(folder: Path) -> Iterator[None]:
+    """Within it a parser dumps paths relative to a folder: they hold when it is moved with what they lead to."""
+    token = _written_from.set(Path(os.path.realpath(folder)))
+    try:
+        yield
+    finally:
+        _written_from.reset(token)
+
+
+def written(path: str) -> str:
+    """A path as a parser dumps it: it begins with a dot where it is relative to a folder."""
+    if not isinstance(path, str):
+        raise TypeError(f"{path!r} is no path")
+    folder = _written_from.get()
+    if folder is None or not os.path.isabs(path):
+        return str(path)
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith("..") else os.path.join(".", relative)
+
+
+class Folder(str):
+    """The path of a folder, absolute once it is parsed."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Folder":
+        """What a text means where it stands."""
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{text!r} is no path")
+        return cls(found(text))
+
+
+class NameOrPath(str):
+    """A name, such as a hub id, or a path, absolute once it is parsed.
+
+    A path is what leads to something, and whatever begins with `.`, `/` or `~`.
+    """
+
+    @classmethod
+    def parse(cls, text: str) -> "NameOrPath":
+        """What a text means where it stands."""
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is neither a name nor a path")
+        path = found(text) if text else text
+        return cls(path if is_path(text) or os.path.exists(path) else text)
+
+
+def register_path(kind: type[str]) -> None:
+    """Has jsonargparse parse and dump a type of paths."""
+    register_type(kind, written, kind.parse, type_check=isinstance)
+
+
+register_path(Folder)
+register_path(NameOrPath)
