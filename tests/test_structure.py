@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "files", "loading", "ranges", "start"},
-    {"bridge", "digests", "settings"},
+    {"batch", "files", "paths", "ranges", "start"},
+    {"bridge", "digests", "loading", "settings"},
     {"captioners", "generators", "scorers", "data", "metrics"},
     {"judges", "runs", "latents"},
     {"cycles", "rerank"},
