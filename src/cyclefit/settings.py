@@ -346,7 +346,9 @@ def _base(option: Any) -> type | None:
     if get_origin(option) is Callable:
         option = get_args(option)[-1]
     values = ("builtins", "datetime", "pathlib")
-    return option if inspect.isclass(option) and option.__module__ not in values and not get_args(option) else None
+    if not inspect.isclass(option) or get_args(option) or option.__module__ in values or issubclass(option, str):
+        return None
+    return option
 
 
 def _holds_many(option: Any) -> bool:
@@ -367,7 +369,7 @@ def _accepts(value: Any, option: Any) -> bool:
             return float(value) is not None if option is float else int(value) == float(value)
         except (ValueError, OverflowError):
             return False
-    if option is str:
+    if inspect.isclass(option) and issubclass(option, str):
         return isinstance(value, str)
     if get_origin(option) is Literal:
         return str(value) in map(str, get_args(option))
@@ -411,5 +413,5 @@ def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name, None) if module else None
-    except (ImportError, ValueError):
+    except (ImportError, ValueError, TypeError):
         return None
