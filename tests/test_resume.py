@@ -103,47 +103,57 @@ def test_killed_again_and_again_it_ends_bit_identical(processes, kills, tmp_path
 
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "ema", "global_step", "epoch")
-# Epochs of three steps, a validation after every second one.
+# In epochs of three steps with a validation after every second one.
 ERRORS = [
-    ("objective", 3), ("objective", 5), ("validation_step", 2), ("validation_results", 6), ("on_train_batch_end", 2),
-    ("on_train_batch_end", 3), ("log_metrics", 3), ("log_metrics", 4), ("save_checkpoint", 4), ("validation_step", 8),
+    ("validation_step", 2), ("save_checkpoint", 2), ("on_train_batch_end", 3), ("objective", 3),
+    ("on_train_batch_end", 4), ("log_metrics", 5), ("validation_results", 6), ("objective", 7), ("validation_step", 8),
 ]  # fmt: skip
 
 
-def test_an_error_at_any_place_loses_no_step(launch, monkeypatch):
-    """It leaves `last.ckpt` of the step before it, and the run goes on as if it had not been, validations included."""
-    owners = {"objective": GeneratorFinetune, "validation_step": GeneratorFinetune}
-    owners |= {"validation_results": GeneratorFinetune, "on_train_batch_end": cli.StopOnSignal}
-    owners |= {"log_metrics": cli.JsonlLogger, "save_checkpoint": cli.WholeCheckpoints}
-    settings = ["--model.ema_decay=0.9", "--model.validation_images=2", "--data.validation_size=8"]
-    whole = launch("miniature_sd_lora.yaml", "whole", *settings, steps=8)
-    for place, step in ERRORS:
-        name, original = f"{place}-{step}", getattr(owners[place], place)
+def test_errors_at_any_place_lose_no_step(launch, monkeypatch):
+    """Each leaves `last.ckpt` of the step before it; continued, the run ends as one without, validations included.
 
-        def failing(self, *args, place=place, step=step, original=original, **kwargs):
-            if place == "log_metrics":
+    `save_checkpoint` is that of `best.ckpt`.
+    """
+    owners = dict.fromkeys(("objective", "validation_step", "validation_results"), GeneratorFinetune)
+    owners |= {"on_train_batch_end": cli.StopOnSignal, "log_metrics": cli.JsonlLogger}
+    owners |= {"save_checkpoint": cli.WholeCheckpoints}
+    settings = ["--model.ema_decay=0.9", "--model.captioner=null", "--model.held_out=null", "--data.validation_size=8"]
+
+    def train(name, *more):
+        return launch("miniature_sd_lora.yaml", name, *settings, *more, steps=8)
+
+    whole, run = train("whole"), None
+    for place, step in ERRORS:
+        original = getattr(owners[place], place)
+
+        def failing(self, *args, place=place, at=step, original=original, **kwargs):
+            if place == "log_metrics":  # the line is written
+                original(self, *args, **kwargs)
                 now = kwargs["step"] + 1
             elif place == "save_checkpoint":
-                now = args[0]["global_step"] if Path(args[1]).stem == "best" else None
+                now = Path(args[1]).stem == "best" and args[0]["global_step"]
             else:
-                now = getattr(args[0], "global_step", None) or self.global_step
-            if now == step:
+                now = (args[0] if place == "on_train_batch_end" else self).global_step
+            if now == at:
                 raise OSError("something fails")
-            return original(self, *args, **kwargs)
+            return None if place == "log_metrics" else original(self, *args, **kwargs)
 
-        with monkeypatch.context() as patch:
+        before = checkpoint(run)["global_step"] if run else 0
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="something fails") as failed:
             patch.setattr(owners[place], place, failing)
-            with pytest.raises(OSError, match="something fails") as failed:
-                launch("miniature_sd_lora.yaml", name, *settings, steps=8)
-        run = whole.parent / name
-        assert re.match(rf"saved as of step {step}; continue with: .*--ckpt_path last", failed.value.__notes__[0]), name
-        assert checkpoint(run)["global_step"] == step, name
-        launch("miniature_sd_lora.yaml", name, *settings, "--ckpt_path=last", steps=8)
-        assert lines(run) == lines(whole), name
-        for part in PARTS:
-            same(checkpoint(run)[part], checkpoint(whole)[part], f"{name}: {part}")
-        scores = [torch.load(r / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] for r in (run, whole)]
-        assert scores[0] == scores[1], name
+            train("run", "--ckpt_path=auto")
+        run = whole.with_name("run")
+        assert checkpoint(run)["global_step"] == step, place
+        if step > before:
+            [note] = failed.value.__notes__
+            assert re.match(rf"saved as of step {step}; continue with: python .*--ckpt_path", note), place
+    train("run", "--ckpt_path=last")
+    assert lines(run) == lines(whole)
+    for part in PARTS:
+        same(checkpoint(run)[part], checkpoint(whole)[part], part)
+    best = [torch.load(path / "checkpoints" / "best.ckpt", weights_only=True) for path in (run, whole)]
+    same(best[0]["state_dict"], best[1]["state_dict"], "best")
 
 
 def test_weights_in_an_unknown_state_are_not_saved(launch, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -234,8 +234,8 @@ class LastCheckpoint(RunCheckpoint):
 
     def _rescue(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
         """Saves the last step, if it is not saved yet; whether there is one."""
+        batch = trainer.fit_loop.epoch_loop.batch_progress.current
         if self._moving:
-            batch = trainer.fit_loop.epoch_loop.batch_progress.current
             if batch.processed < batch.ready:
                 raise UserError("the error came amid an update of the weights")
             self._note(trainer)
@@ -246,6 +246,10 @@ class LastCheckpoint(RunCheckpoint):
             if not all(parameter.isfinite().all() for parameter in pl_module.state_dict().values()):
                 raise UserError("the weights are not finite")
             self._save_position(trainer)
+        if batch.completed < batch.processed == batch.ready:  # the step is taken, and its line not yet written
+            with suppress(Exception):
+                trainer._logger_connector.on_batch_end()
+                trainer._logger_connector.update_train_step_metrics()
         return True
 
     def _note(self, trainer: L.Trainer) -> None:
