@@ -4,6 +4,7 @@ jsonargparse decides whether a command line parses. Where it does not, the confi
 once more for the first thing wrong; where it does, its numbers are held against their ranges.
 """
 
+import copy
 import importlib
 import inspect
 import json
@@ -87,7 +88,8 @@ def _condensed(said: str) -> str:
     keys = ".".join(re.findall(r'Parser key "([^"]+)"', said))
     framing = r"(- )?(Parser key|Problem with given class_path|Does not validate|Subtypes|Errors|Given value type)"
     lines = [line.strip(" -") for line in said.splitlines() if not re.match(rf"\s*{framing}", line)]
-    return f"{keys}: {lines[0]}" if keys and lines else " ".join(said.split())
+    given = "".join([f"; {line}" for line in lines if line.startswith("Given value")][:1])
+    return f"{keys}: {lines[0]}{given}" if keys and lines else " ".join(said.split())
 
 
 class _Sources:
@@ -174,14 +176,15 @@ def _merge(old: dict, new: dict) -> None:
         if isinstance(value, dict) and isinstance(old.get(name), dict):
             _merge(old[name], value)
         else:
-            old[name] = json.loads(json.dumps(value, default=str)) if isinstance(value, dict | list) else value
+            old[name] = copy.deepcopy(value)
 
 
 def _put(node: dict, parts: list[str], value: Any, append: bool) -> None:
     """Puts one setting of the command line into a nested config; `init_args` may be left out of its key."""
     for k, part in enumerate(parts):
         if "class_path" in node and part not in CLASS_KEYS:
-            node = node.setdefault("init_args", {})
+            node["init_args"] = inner = node.get("init_args") or {}
+            node = inner
         held = node.get(part)
         if k == len(parts) - 1:
             break
@@ -191,7 +194,7 @@ def _put(node: dict, parts: list[str], value: Any, append: bool) -> None:
             holder[place] = {"class_path": inner} if isinstance(inner, str) else {}
         node = holder[place]
     if append:
-        node[part] = [*(held or []), *(value if isinstance(value, list) else [value])]
+        node[part] = [*(held if isinstance(held, list) else []), *(value if isinstance(value, list) else [value])]
     elif isinstance(value, str) and isinstance(held, dict) and "class_path" in held:
         _merge(held, {"class_path": value})
     else:
@@ -206,7 +209,7 @@ def parameters(cls: Any) -> tuple[dict[str, inspect.Parameter], bool]:
             continue
         try:
             hints = typing.get_type_hints(owner.__init__, include_extras=True)
-        except (NameError, TypeError):
+        except (NameError, TypeError, AttributeError):
             hints = {}
         others = False
         for parameter in list(inspect.signature(owner.__init__).parameters.values())[1:]:
