@@ -10,7 +10,11 @@ import pytest
 from cyclefit import start
 from tests.conftest import ROOT
 
-ENTRY = {"train.py": "cyclefit.cli", "evaluate.py": "cyclefit.evaluate", "python -m cyclefit.data": "cyclefit.data.__main__"}
+ENTRY = {
+    "train.py": "cyclefit.cli",
+    "evaluate.py": "cyclefit.evaluate",
+    "python -m cyclefit.data": "cyclefit.data.__main__",
+}
 ENTRY |= {"python -m cyclefit.export": "cyclefit.export", "python -m cyclefit.latents": "cyclefit.latents"}
 TABLE = re.search(r"## Mistakes\n(.*?)\n## ", (ROOT / "docs" / "faults.md").read_text(), re.DOTALL)[1]
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+)` \|$", TABLE, re.MULTILINE)
@@ -29,7 +33,9 @@ def test_a_mistake_is_one_sentence(typed, said, world, tmp_path, monkeypatch, ca
     more = {}
     if program == "train.py":
         more = {"--runs": tmp_path / "runs", "--trainer.enable_progress_bar": "false"}
-        more |= {f"--data.{name}": world / split for name, split in (("train", "finetune"), ("validation", "validation"))}
+        more |= {
+            f"--data.{name}": world / split for name, split in (("train", "finetune"), ("validation", "validation"))
+        }
     elif program == "evaluate.py" and arguments[0] in ("captions", "images"):
         more = {"--out": tmp_path / "out", "--shards": f"{{test: {world / 'test'}}}"}
     given = {argument.partition("=")[0] for argument in arguments}

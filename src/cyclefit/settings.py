@@ -86,6 +86,10 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
 def _condensed(said: str) -> str:
     """The parser's own account, without that of the types that were tried."""
     keys = ".".join(re.findall(r'Parser key "([^"]+)"', said))
+    # It does not take null for what is deeper than one class.
+    if nested := re.search(r"Given value: NestedArg\(key='[^']*', val=(.*)\)", said):
+        value = "null" if nested[1] == "None" else nested[1]
+        return f"{keys} cannot be set to {value} on the command line: write it into a yaml, given as a second --config"
     framing = r"(- )?(Parser key|Problem with given class_path|Does not validate|Subtypes|Errors|Given value type)"
     lines = [line.strip(" -") for line in said.splitlines() if not re.match(rf"\s*{framing}", line)]
     given = "".join([f"; {line}" for line in lines if line.startswith("Given value")][:1])
