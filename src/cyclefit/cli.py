@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.call import _call_callbacks_state_dict
@@ -414,7 +414,7 @@ class RunCLI(LightningCLI):
         self.folder = Path(config.runs) / config.name
         if config.dry_run:
             return
-        if rank_zero_only.rank == 0:  # of a launch
+        if rank_zero_only.rank == LightningEnvironment().node_rank() == 0:  # one process of a launch
             self.held.enter_context(hold(self.folder, "--name or --runs"))
         self.ckpt_path = config.ckpt_path
         if self.ckpt_path == "auto":  # `last`, or from the start where nothing was saved yet
