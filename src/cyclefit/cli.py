@@ -137,7 +137,7 @@ class SaveRunConfig(SaveConfigCallback):
     written = False
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer) -> None:
-        """Writes the file, whole or not at all, once the first step is certain: what fails before it changes no run."""
+        """Writes the file and W&B's id once the first step is certain: what fails before it changes no run."""
         if self.written or not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / self.config_filename
@@ -146,6 +146,9 @@ class SaveRunConfig(SaveConfigCallback):
         with written_from(path.parent):
             partial.write_text(self.parser.dump(self.config, skip_none=False))
         partial.replace(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                (path.parent / "wandb_id.txt").write_text(logger._wandb_init["id"] + "\n")
         self.written = True
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -483,9 +486,6 @@ class RunCLI(LightningCLI):
         run_id = remembered.read_text().strip() if remembered.exists() else ""
         if not run_id:
             run_id = os.environ.get("WANDB_RUN_ID") or generate_id()  # an agent of a sweep gives its own
-            if rank_zero_only.rank == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                remembered.write_text(run_id + "\n")
         return WandbLogger(
             name=self.config.name,
             save_dir=str(self.folder),

@@ -45,6 +45,7 @@ def hold(folder: Path, option: str) -> Iterator[None]:
     """
     if in_place := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"{folder} cannot be a folder, since {in_place} is a file: choose another {option}")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     lock, locked = FileLock(path, timeout=1, fallback_to_soft=False), True
@@ -69,7 +70,8 @@ def hold(folder: Path, option: str) -> Iterator[None]:
         if locked:
             lock.release()
         with suppress(OSError):  # where nothing was written, nothing stays
-            folder.rmdir()
+            for folder in made:
+                folder.rmdir()
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:
