@@ -141,7 +141,7 @@ def read_checkpoint(path: Path, needed: dict[str, type] = READABLE, verify: bool
     if verify and (reason := damage(path)):
         others = ", ".join(sorted(p.stem for p in path.parent.glob("*.ckpt") if p != path and not damage(p)))
         raise UserError(
-            f"{path} is damaged, or no checkpoint that a run has saved ({reason}); whole checkpoints beside it: "
+            f"{path} is damaged or no checkpoint that a run has saved ({reason}); whole checkpoints beside it: "
             f"{others or 'none'}"
         )
     try:
