@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -54,6 +55,7 @@ RUNS = {
     "cycle_sd_one_step": ("cycle_sd.yaml", ONE_STEP),
 }
 TINY = ["--data.batch_size=2", "--data.image_size=64", "--model.generator.image_size=64", "--model.generator.steps=2"]
+TINY_BLIP = ["--model.max_new_tokens=4"]
 TINY_REWARD = ["--model.cycle.num_samples=2", "--model.cycle.max_new_tokens=4"]
 PARTS = {
     "captioner": ("captioner", ("embed", "logits", "generate")),
@@ -81,11 +83,14 @@ def built(name: str, arguments: argparse.Namespace, sketch: bool = False) -> tup
     """A configuration's module, its weights random where there are none or missing in a sketch; what was parsed."""
     config, overrides = RUNS[name]
     if arguments.tiny:
-        overrides = [*overrides, *TINY, *(TINY_REWARD if "reward" in name else [])]
+        overrides = [*overrides, *TINY, *(TINY_BLIP if "blip" in name else [])]
+        overrides += TINY_REWARD if "reward" in name else []
     models = {}
     if arguments.models:
         for part, folder in (("captioner", arguments.captioner), ("generator", DIFFUSION)):
-            models[part] = {"init_args": {"pretrained": str(arguments.models / folder), "random_weights": True}}
+            models[part] = {
+                "init_args": {"pretrained": str((arguments.models / folder).absolute()), "random_weights": True}
+            }
         for part in ("scorer", "held_out") if "sd" in name else ("scorer",):
             models[part] = {"init_args": {"pretrained": None}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -93,8 +98,8 @@ def built(name: str, arguments: argparse.Namespace, sketch: bool = False) -> tup
         command = ["train.py", *cli.resolve_configs(["--config", config]), "--config", file.name, *overrides]
         with patch.object(sys, "argv", command), torch.device("meta" if sketch else "cpu"):
             made = Parsed(
-                Finetune, ShardData, subclass_mode_model=True, auto_configure_optimizers=False,
-                save_config_callback=None, seed_everything_default=0, run=False,
+                ExitStack(), Finetune, ShardData, subclass_mode_model=True, auto_configure_optimizers=False,
+                save_config_callback=None, seed_everything_default=0, parser_kwargs={"exit_on_error": False}, run=False,
             )  # fmt: skip
     return made.model.to("meta" if sketch else DEVICE), made.config
 

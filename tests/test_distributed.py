@@ -165,7 +165,7 @@ def test_a_rank_that_dies_takes_the_job_down(rank, tmp_path, world):
     assert "Traceback" not in done.stdout
     [said] = re.findall("^error: .*", done.stdout, re.MULTILINE)
     assert said.startswith(f"error: rank {1 - rank} of 2 has lost contact with another rank")
-    assert re.search(r"continue with: python train\.py .*--ckpt_path " + ("auto", "last")[rank], said)
+    assert re.search(r"continue with: python \S*train\.py .*--ckpt_path " + ("auto", "last")[rank], said)
     if rank:  # the first one, still there, has saved the step that both had taken
         assert "saved as of step 3" in said
         assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3

@@ -37,6 +37,7 @@ def project(tmp_path_factory, world, weights):
             "runs": folder, "name": "run", "trainer.max_steps": 2, "trainer.enable_progress_bar": "false",
             "data.train": world / "finetune", "data.validation": world / "validation", "data.validation_size": 8,
             "model.validation_images": 0, "data.batch_size": 4, "model.image_cycle.num_images": 4,
+            "model.text_cycle.num_images": 4,
             "model.generator.steps": 2,
         }  # fmt: skip
         cli.train(["--config", "miniature_cycle_both.yaml", *[f"--{k}={v}" for k, v in small.items()]])

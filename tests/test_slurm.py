@@ -151,9 +151,10 @@ def test_wandb_sweep(project):
     }
     chosen["config"] = {"value": "miniature_cycle_blip_reward.yaml"}
     arguments = sweeps.create_sweep_command_args({"args": chosen})["args"]
+    small = [*SMALL, "--trainer.max_steps=1", "--model.cycle.num_images=8"]
     command = [
         part for chunk in sweeps.create_sweep_command(sweep["command"])
-        for part in ([*arguments, *SMALL, "--trainer.max_steps=1"] if chunk == "${args}" else [chunk])
+        for part in ([*arguments, *small] if chunk == "${args}" else [chunk])
     ]  # fmt: skip
     environment = {**os.environ, **ENVIRONMENT, "WANDB_RUN_ID": "abc123", "WANDB_SWEEP_ID": "s1"}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)

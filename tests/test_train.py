@@ -317,9 +317,10 @@ def test_a_partner_that_is_not_frozen_is_refused(launch, monkeypatch):
         launch("miniature_blip.yaml", "thawed")
 
 
-def test_a_missing_model_is_one_sentence(tmp_path, capsys, monkeypatch):
+def test_a_missing_model_is_one_sentence(tmp_path, world, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     arguments = ["--config", "miniature_blip.yaml", f"--runs={tmp_path}", "--model.captioner.pretrained=no/such-model"]
+    arguments += [f"--data.train={world}/finetune", f"--data.validation={world}/validation"]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         start.run(cli.train)

@@ -266,7 +266,7 @@ class LastCheckpoint(RunCheckpoint):
 
     def _save_position(self, trainer: L.Trainer) -> None:
         """Saves the step that was noted last; no rank waits for another."""
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False) | self._position
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint() | self._position
         loops = checkpoint["loops"]["fit_loop"] = copy.deepcopy(self._loops)
         if self._unvalidated:
             # As Lightning has it amid a validation, which it begins anew if none of its batches are complete.
