@@ -499,5 +499,5 @@ def _columns() -> dict[str, Callable[[dict], str]]:
         "image sim.": similarity,
         "drawn": lambda row: f"{row['generator_calls']:.0f}",
         "denoised": lambda row: f"{row['denoiser_calls']:.0f}",
-        "s": lambda row: f"{row['seconds']:.2f}",
+        "s": lambda row: f"{row['seconds']:.3f}",
     }

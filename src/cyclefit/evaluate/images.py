@@ -450,5 +450,5 @@ def _columns(scorers: list[str]) -> dict[str, Callable[[dict], str]]:
         f"R@1 ({label})": number(f"R@1 ({label})", places=0),
         "drawn": lambda row: f"{row['generator_calls']}",
         "denoised": lambda row: f"{row['denoiser_calls']}",
-        "s": lambda row: f"{row['seconds']:.2f}",
+        "s": lambda row: f"{row['seconds']:.3f}",
     }
