@@ -196,7 +196,8 @@ def test_a_run_is_one_process_s(tmp_path, world, launch):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    # From the start, or from what the first one had saved by then.
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] >= 1
     assert not (run / ".lock").exists()
 
 
