@@ -142,6 +142,32 @@ def test_results_are_those_of_the_models_at_hand(again, kind, capsys):
     assert all(after[name] != content for name, content in before.items() if name in after)
 
 
+def test_source_images_of_an_evaluation_that_was_cut_off_are_not_taken_for_other_images(again, monkeypatch):
+    """Images are read and saved before the first row is there."""
+
+    class CutOff(Exception):
+        pass
+
+    def cut_off(*_, **__):
+        raise CutOff
+
+    folder = again.folder
+    with monkeypatch.context() as patch, pytest.raises(CutOff):
+        patch.setattr(MODULES["images"], "_evaluate", cut_off)
+        again("images")
+    source = folder / "images" / "images" / "test" / "source"
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    assert len(before) == LIMIT
+    samples = list(img2dataset_source(folder / "test"))
+    keys = [sample.key for sample in samples]
+    shutil.rmtree(folder / "test")
+    for sample, key in zip(samples, keys[1:] + keys[:1], strict=True):
+        sample.key = key
+    write_shards(sorted(samples, key=lambda s: s.key), folder / "test", progress=False)
+    again("images")
+    assert all((source / name).read_bytes() != content for name, content in before.items())
+
+
 def test_a_run_that_is_left_out_or_comes_in_changes_nothing_of_the_others(again):
     _, _, first = again("captions")
     work, said, rows = again("captions", runs="[]")

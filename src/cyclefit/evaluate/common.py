@@ -65,8 +65,8 @@ def check_out(folder: Path, kind: str, splits: Iterable[str]) -> None:
         # One that has not come to its end has settings alone.
         written = [folder / "metrics.json", *folder.glob("candidates-*.settings.json")]
         try:
-            return {json.loads(path.read_text())["kind"] for path in written if path.exists()} == {kind}
-        except (OSError, ValueError, KeyError, TypeError):
+            return {json.loads(path.read_text()).get("kind", kind) for path in written if path.exists()} == {kind}
+        except (OSError, ValueError, AttributeError):
             return False
 
     check_names(splits, "the split name")
@@ -128,11 +128,13 @@ class Rows:
                 print(f"{split}: kept are the results of {', '.join(kept)}")
             for name in ("metrics.json", "report.html"):  # they tell of rows that are no more
                 (folder / name).unlink(missing_ok=True)
-            for row in self.rows:
-                if row["model"] in outdated:  # images that are there are taken for the sample's
-                    (folder / "images" / split / "source" / f"{safe_name(row['key'])}.png").unlink(missing_ok=True)
             self.rows = [row for row in self.rows if row["model"] not in outdated]
             self.rewrite()
+        # Source images that are there are taken for the samples', and may be there before any row is.
+        now, then = ({(of.get("images"), of.get("image_size")) for of in known.values()} for known in (depends, before))
+        if settings.exists() and now != then:
+            for image in (folder / "images" / split / "source").glob("*.png"):
+                image.unlink()
         write_json(settings, about | {"depends": depends})
 
     def done(self, model: str) -> set[str]:
