@@ -31,7 +31,7 @@ class Reading:
     """Of the reference captions' tokens, teacher-forced."""
 
 
-def enough(cycle, batch_size: int, num_others: int) -> None:
+def check_batch_size(cycle, batch_size: int, num_others: int) -> None:
     """Checks that a cycle's images are in the batch, with as many others for each as it is contrasted with.
 
     Raises:
@@ -61,7 +61,7 @@ class ImageCycle(nn.Module, ABC):
 
     def check_batch(self, batch_size: int) -> None:
         """Holds its settings against the number of images in a batch."""
-        enough(self, batch_size, 0)
+        check_batch_size(self, batch_size, 0)
 
     @abstractmethod
     def forward(
@@ -200,7 +200,7 @@ class PolicyGradient(ImageCycle):
 
     def check_batch(self, batch_size: int) -> None:
         """Checks that the reward has images to contrast with."""
-        enough(self, batch_size, self.reward.num_others)
+        check_batch_size(self, batch_size, self.reward.num_others)
 
     def forward(
         self, captioner: Captioner, partners: Partners, reading: Reading, seeds: Sequence[int]
@@ -302,7 +302,7 @@ class TextCycle(nn.Module, ABC):
 
     def check_batch(self, batch_size: int) -> None:
         """Holds its settings against the number of images in a batch."""
-        enough(self, batch_size, int(self.contrastive))
+        check_batch_size(self, batch_size, int(self.contrastive))
 
     @abstractmethod
     def draw(

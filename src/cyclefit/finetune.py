@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as L
-import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -655,6 +654,8 @@ def half_frozen(model: nn.Module) -> None:
 
 def sample_grid(samples: list[Sample]) -> Image.Image:
     """The samples as one picture: source, what was drawn, and under both the texts of the sample."""
+    import matplotlib
+
     # Pillow's own font knows Latin letters only.
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
     side, columns, gap, line = 128, 4, 8, 14
