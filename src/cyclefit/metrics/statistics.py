@@ -41,6 +41,57 @@ def paired_bootstrap(
     return float(difference.mean()), *_percentiles(means, level), min(1.0, 2 * (tail + 1) / (n + 1))
 
 
+def ratio_interval(
+    parts: ArrayLike, wholes: ArrayLike, n: int = 2000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """sum(parts) / sum(wholes) over samples (samples,) with its bootstrap interval: (ratio, low, high).
+
+    Samples are resampled, each with its part and its whole; resamples without a whole are left out. NaN where no sample
+    has one. Raises ValueError where lengths differ.
+    """
+    ratios, value = _resampled_ratios(parts, wholes, n, seed)
+    if not np.isfinite(value):
+        return (float("nan"),) * 3
+    return value, *_percentiles(ratios[np.isfinite(ratios)], level)
+
+
+def paired_ratio_bootstrap(
+    a: tuple[ArrayLike, ArrayLike],
+    b: tuple[ArrayLike, ArrayLike],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float, float]:
+    """Difference of two ratios (parts, wholes) over the same samples, as `paired_bootstrap`.
+
+    The resamples are the same for both. NaN where either has no whole. Raises ValueError where lengths differ.
+    """
+    if np.shape(a[0]) != np.shape(b[0]):
+        raise ValueError(f"A paired bootstrap needs the same samples: a has {len(a[0])} values, b has {len(b[0])}.")
+    (first, a_value), (second, b_value) = (_resampled_ratios(*of, n, seed) for of in (a, b))
+    differences = first - second
+    differences = differences[np.isfinite(differences)]
+    if not np.isfinite(a_value - b_value):
+        return (float("nan"),) * 4
+    tail = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p = min(1.0, 2 * (tail + 1) / (len(differences) + 1))
+    return a_value - b_value, *_percentiles(differences, level), p
+
+
+def _resampled_ratios(parts: ArrayLike, wholes: ArrayLike, n: int, seed: int) -> tuple[np.ndarray, float]:
+    parts, wholes = _checked(parts, 1, "Parts"), _checked(wholes, 1, "Wholes")
+    if len(parts) != len(wholes):
+        raise ValueError(f"A ratio needs the same samples: {len(parts)} parts, {len(wholes)} wholes.")
+    random, count = np.random.default_rng(seed), len(parts)
+    sums = [
+        random.multinomial(count, np.full(count, 1 / count), size=rows) @ np.stack([parts, wholes], 1)
+        for rows in _chunks(n, count)
+    ]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = np.divide(*np.concatenate(sums).T)
+        return ratios, float(np.divide(parts.sum(), wholes.sum()))
+
+
 def seed_interval(matrix: ArrayLike, n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float, float]:
     """Mean of scores (seeds, images) with a bootstrap interval over both levels: (mean, low, high).
 

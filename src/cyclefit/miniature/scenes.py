@@ -14,6 +14,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cyclefit.metrics.facts import OPPOSITE, PLACES, RELATIONS, SHAPES, SIZE_WORDS
+
 SIZE = 32
 SUPERSAMPLING = 4
 COLOURS = {
@@ -26,7 +28,6 @@ COLOURS = {
     "purple": (130, 50, 175),
     "pink": (250, 150, 195),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUNDS = {
     "white": (242, 242, 240),
     "black": (18, 18, 22),
@@ -35,21 +36,6 @@ BACKGROUNDS = {
 }
 SIZES = {"small": 4.9, "large": 7.0}
 """Radius in pixels."""
-SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-PLACES = {
-    "left": ("on the left",),
-    "right": ("on the right",),
-    "top": ("at the top",),
-    "bottom": ("at the bottom",),
-    "middle": ("in the middle",),
-}
-RELATIONS = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "above": ("above", "over"),
-    "below": ("below", "beneath"),
-}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 NOVEL_PAIRS = frozenset((SHAPES[i % len(SHAPES)], colour) for i, colour in enumerate(COLOURS))
 """Shape-colour pairs that never occur in what the captioner trains on; every scene of `novel` shows at least one."""
 
@@ -96,6 +82,13 @@ class Scene:
     def pairs(self) -> set[tuple[str, str]]:
         """Shape and colour of each thing."""
         return {(thing.shape, thing.colour) for thing in self.things}
+
+    @property
+    def facts(self) -> dict:
+        """What there is to say, as the sample's json holds it; see `cyclefit.metrics.facts`."""
+        things = [{"shape": thing.shape, "colour": thing.colour, "size": thing.size} for thing in self.things]
+        layout = "relation" if len(things) == 2 else "place"
+        return {"things": things, layout: self.place, "background": self.background}
 
 
 def _tinted(rgb: tuple[int, int, int], spread: float, rng: np.random.Generator) -> tuple[int, int, int]:
@@ -194,6 +187,11 @@ def caption(scene: Scene, noise: Noise, rng: np.random.Generator) -> str:
     `full` names every detail; `clean` is true and leaves some out; `web` leaves more out and has each remaining detail
     wrong with probability 0.22, as alt-text does.
     """
+    return say(scene, noise, rng)[0]
+
+
+def say(scene: Scene, noise: Noise, rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
+    """A caption and what it states, right or wrong, as kinds and values in the order of its words."""
     wrong = 0.22 if noise == "web" else 0.0
     drop = {"full": 0.0, "clean": 0.25, "web": 0.7}[noise]
 
@@ -201,33 +199,40 @@ def caption(scene: Scene, noise: Noise, rng: np.random.Generator) -> str:
         others = [word for word in words if word != truth]
         return str(rng.choice(others)) if rng.random() < wrong else truth
 
-    def noun(thing: Thing) -> str:
-        words = []
+    def noun(thing: Thing) -> tuple[str, list[tuple[str, str]]]:
+        words, stated = [], []
         if rng.random() >= drop:
-            words.append(str(rng.choice(SIZE_WORDS[said(thing.size, SIZE_WORDS)])))
+            stated.append(("size", said(thing.size, SIZE_WORDS)))
+            words.append(str(rng.choice(SIZE_WORDS[stated[-1][1]])))
         if rng.random() >= drop / 3:
-            words.append(said(thing.colour, COLOURS))
-        words.append(said(thing.shape, SHAPES))
+            stated.append(("colour", said(thing.colour, COLOURS)))
+            words.append(stated[-1][1])
+        stated.append(("shape", said(thing.shape, SHAPES)))
+        words.append(stated[-1][1])
         article = "an" if words[0][0] in "aeiou" else "a"
-        return " ".join([article, *words])
+        return " ".join([article, *words]), stated
 
     nouns = [noun(thing) for thing in scene.things]
     tell_place = rng.random() >= drop
     if len(nouns) == 1:
-        text = nouns[0]
+        text, stated = nouns[0]
         if tell_place:
-            text += " " + str(rng.choice(PLACES[said(scene.place, PLACES)]))
+            place = said(scene.place, PLACES)
+            text += " " + str(rng.choice(PLACES[place]))
+            stated.append(("place", place))
     elif noise == "web" and rng.random() < 0.2:
-        text = nouns[rng.integers(2)]
+        text, stated = nouns[rng.integers(2)]
     else:
         turned = rng.random() < 0.5
-        first, second = nouns[::-1] if turned else nouns
+        (first, stated), (second, others) = nouns[::-1] if turned else nouns
         relation = said(OPPOSITE[scene.place] if turned else scene.place, RELATIONS)
         text = f"{first} {rng.choice(RELATIONS[relation]) if tell_place else 'and'} {second}"
+        stated = [*stated, *[("relation", relation)] * tell_place, *others]
     if rng.random() >= drop:
         background = said(scene.background, BACKGROUNDS)
         text += f" on {background}" if rng.random() < 0.3 else f" on a {background} background"
-    return text
+        stated.append(("background", background))
+    return text, stated
 
 
 def scenes(split: str, seed: int = 0) -> Iterator[tuple[Scene, np.random.Generator]]:
@@ -248,7 +253,7 @@ def write_splits(out: Path, splits: list[str], seed: int = 0, samples_per_shard:
             png = io.BytesIO()
             render(scene).save(png, "png")
             texts = [caption(scene, noise, rng) for _ in range(captions)]
-            yield Sample(f"{split}-{index:06d}", png.getvalue(), texts)
+            yield Sample(f"{split}-{index:06d}", png.getvalue(), texts, {"facts": scene.facts})
 
     for split in splits:
         if (out / split / "manifest.json").exists():
