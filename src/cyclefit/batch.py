@@ -24,5 +24,8 @@ class Batch:
     latents: Float[Tensor, "b c h2 w2"] | None = None
     """The generator's scaled latents of the images, where the shards hold them."""
 
+    facts: list[dict | None] | None = None
+    """What is in each image (`cyclefit.metrics.facts`), None where the shards do not say; evaluation reads it alone."""
+
     def __len__(self) -> int:
         return len(self.keys)

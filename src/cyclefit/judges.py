@@ -58,7 +58,7 @@ class Judge(ABC):
 
         """
 
-    def cost(self, partners: Partners, num_candidates: int) -> dict[str, int]:
+    def cost(self, partners: Partners, num_candidates: float) -> dict[str, float]:
         """Generated images and denoiser calls per image, for `num_candidates` different captions."""
         return {"generator_calls": 0, "denoiser_calls": 0}
 
@@ -127,7 +127,7 @@ class Regeneration(Judge):
             similarities = similarities + alike
         return (similarities / self.num_regenerations)[torch.tensor(index, device=source.device)]
 
-    def cost(self, partners, num_candidates) -> dict[str, int]:
+    def cost(self, partners, num_candidates) -> dict[str, float]:
         """One generated image per candidate and regeneration."""
         images = num_candidates * self.num_regenerations
         calls = partners.generator.calls_per_image(self.steps, self.guidance_scale)
@@ -143,12 +143,18 @@ class Denoising(Judge):
     caption y and x_j other images: the generator's own estimate of how much y tells about x and about no other.
     Timesteps and noise are shared by all candidates of an image and by the images contrasted. The plain error likes
     short, safe captions, the full contrast long ones; in between, length stays what it was.
+
+    With a `guidance_scale` s below 1 the error is that of eps_u + s (eps_c - eps_u), eps_u the prediction under the
+    empty caption, one call for all captions of an image. With r = eps - eps_u and d = eps_c - eps_u it is
+    |r|^2 - 2 s <r, d> + s^2 |d|^2: what a right detail explains weighs more against what a wrong one costs, the smaller
+    s, as by contrast, for half the calls or less and without the noise of other images.
     """
 
     num_others: Natural = 0
     contrast: NonNegative = 1.0
     min_timestep: Natural = 0
     max_timestep: Count = 1000
+    guidance_scale: Positive = 1.0
     num_timesteps: Count = 4
     """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
     batch_size: Count = 256
@@ -196,15 +202,70 @@ class Denoising(Judge):
         total = torch.zeros(len(pairs), device=device)
         for t in ((edges[1:] + edges[:-1]) / 2).long().tolist():
             for sign, z in zip(signs, latents, strict=True):
+                empty = None
+                if self.guidance_scale != 1:
+                    empty = generator.unconditional(z, torch.full((len(z),), t, device=device), noise)
                 for part in torch.arange(len(pairs), device=device).split(self.batch_size):
                     timesteps = torch.full((len(part),), t, device=device)
-                    errors = generator.errors(z[rows[part]], conditioning[part], timesteps, noise[rows[part]])
+                    of = rows[part]
+                    guided = (empty[of], self.guidance_scale) if empty is not None else ()
+                    errors = generator.errors(z[of], conditioning[part], timesteps, noise[of], *guided)
                     total[part] += sign * errors / self.num_timesteps
         return total[torch.tensor(index, device=device)]
 
-    def cost(self, partners, num_candidates) -> dict[str, int]:
-        """One denoiser call per caption, timestep and image contrasted."""
-        return {
-            "generator_calls": 0,
-            "denoiser_calls": num_candidates * self.num_timesteps * (1 + self.num_others),
-        }
+    def cost(self, partners, num_candidates) -> dict[str, float]:
+        """One denoiser call per caption, timestep and image contrasted, and one without a caption if guided."""
+        calls = num_candidates + (self.guidance_scale != 1)
+        return {"generator_calls": 0, "denoiser_calls": calls * self.num_timesteps * (1 + self.num_others)}
+
+
+@checked
+class Sum(Judge):
+    """sum_j w_j s_j / spread(s_j): several judges' scores on one scale.
+
+    The spread is the standard deviation of a judge's scores around each image's mean, over all candidates of the batch:
+    as advantages are normalised. Candidates of one image alone in its batch are put on the scale of their own spread.
+
+    Args:
+        judges: the judges.
+        weights: one for each, all 1 if not given.
+
+    """
+
+    def __init__(self, judges: list[Judge], weights: list[NonNegative] | None = None):
+        if not judges:
+            raise UserError("Sum: judges must name at least one judge")
+        if weights is not None and len(weights) != len(judges):
+            raise UserError(f"Sum: weights must be {len(judges)} numbers, one for each judge, not {len(weights)}")
+        self.judges, self.weights = judges, weights or [1.0] * len(judges)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What any of them asks for."""
+        return tuple(dict.fromkeys(name for judge in self.judges for name in judge.needs))
+
+    @property
+    def num_others(self) -> int:
+        """As many as the one that asks for most."""
+        return max(judge.num_others for judge in self.judges)
+
+    def check(self, partners: Partners) -> None:
+        """Every judge's settings."""
+        for judge in self.judges:
+            judge.check(partners)
+
+    @torch.no_grad()
+    def score(self, partners, images, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """In units of spread, around 0 for each image."""
+        total = 0
+        for judge, weight in zip(self.judges, self.weights, strict=True):
+            fewer = others[:, : judge.num_others] if others is not None else None
+            scores = judge.score(partners, images, candidates, seeds, fewer).float()
+            around = scores - scores.mean(1, keepdim=True)
+            total = total + weight * around / (around.square().mean().sqrt() + 1e-12)
+        return total
+
+    def cost(self, partners, num_candidates) -> dict[str, float]:
+        """Of all together."""
+        costs = [judge.cost(partners, num_candidates) for judge in self.judges]
+        return {name: sum(cost[name] for cost in costs) for name in costs[0]}

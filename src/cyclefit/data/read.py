@@ -31,6 +31,7 @@ from webdataset.gopen import gopen
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
+from cyclefit.metrics.facts import are_facts
 from cyclefit.paths import NameOrPath, found, register_path
 from cyclefit.ranges import Count, Natural, Seed, Share, checked
 
@@ -291,6 +292,12 @@ def read_extra(sample: dict) -> dict:
     return {name: value for name, value in extra.items() if name not in ("caption", "captions")}
 
 
+def read_facts(sample: dict) -> dict | None:
+    """The facts of a sample's image as `cyclefit.metrics.facts` knows them; None where its json holds none."""
+    facts = read_extra(sample).get("facts")
+    return facts if isinstance(facts, dict) and are_facts(facts) else None
+
+
 @cache
 def latents_source(generator: str) -> str:
     """What latents are known by: the id of a generator on the hub, of a local one the contents of its autoencoder."""
@@ -354,7 +361,7 @@ class _Decoder:
             return None
 
     def decode(self, sample: dict, rng: random.Random | None = None, crop: str = "center"):
-        """Image, caption, captions, key, latents or None; with `rng`, a caption (and crop) of its choice."""
+        """Image, caption, captions, key, latents, facts; with `rng`, a caption (and crop) of its choice, and no facts."""
         captions = read_captions(sample)
         image = next((sample[extension] for extension in IMAGES if extension in sample), None)
         if image is None:
@@ -362,17 +369,19 @@ class _Decoder:
         position = (rng.random(), rng.random()) if rng and crop == "random" else (0.5, 0.5)
         image = decode_image(image, self.image_size, position)
         latents = read_latents(sample, self.latents, self.image_size) if self.latents else None
-        return image, rng.choice(captions) if rng else captions[0], captions, sample["__key__"], latents
+        facts = read_facts(sample) if rng is None else None
+        return image, rng.choice(captions) if rng else captions[0], captions, sample["__key__"], latents, facts
 
     def batch(self, parts: list) -> tuple[Batch | None, _Report]:
         """The batch with its images as bytes, a quarter of the shared memory of floats."""
         report, self.report = self.report, _Report()
         if not parts:
             return None, report
-        images, captions, references, keys, latents = zip(*parts, strict=True)
+        images, captions, references, keys, latents, facts = zip(*parts, strict=True)
         images = torch.from_numpy(np.stack(images))
         latents = torch.from_numpy(np.stack(latents)) if self.latents else None
-        return Batch(images, list(captions), list(references), list(keys), latents), report
+        facts = list(facts) if any(facts) else None
+        return Batch(images, list(captions), list(references), list(keys), latents, facts), report
 
 
 def left_out(reason: str, key: str, shard: str) -> None:

@@ -8,7 +8,16 @@ import math
 
 import numpy as np
 
-from cyclefit.metrics.statistics import best_of, bootstrap_interval, correlation, paired_bootstrap, ranks, trend
+from cyclefit.metrics.facts import KINDS, FactCheck
+from cyclefit.metrics.statistics import (
+    best_of,
+    bootstrap_interval,
+    correlation,
+    paired_bootstrap,
+    paired_ratio_bootstrap,
+    ranks,
+    trend,
+)
 
 Samples = list[list[dict]]
 
@@ -18,24 +27,56 @@ def estimate(values: list[float]) -> dict[str, float]:
     return dict(zip(("value", "low", "high"), bootstrap_interval(values), strict=True))
 
 
-def difference(metric: str, a: str, b: str, chosen: dict[str, list[dict]]) -> dict:
-    """Paired bootstrap of a metric of two selections, whose rows are of the same samples in the same order."""
-    first, second = ([row["metrics"][metric] for row in chosen[name]] for name in (a, b))
-    value, low, high, p = paired_bootstrap(first, second)
-    relative = value / np.mean(second) if np.mean(second) else 0.0
+def checks(rows: list[dict]) -> list[FactCheck]:
+    """What the evaluation found of each row's facts."""
+    return [FactCheck.read(row["facts"]) for row in rows]
+
+
+def difference(metric: str, a: str, b: str, chosen: dict[str, list[dict]], kind: str | None = None) -> dict:
+    """Paired bootstrap of a metric of two selections, whose rows are of the same samples in the same order.
+
+    Of truth and coverage, which are shares of all facts together (of one `kind`, if given), each resample is of the
+    sums. The means are `a_value` and `b_value`; where a share is of nothing, everything is None.
+    """
+    first, second = chosen[a], chosen[b]
+    if metric in ("truth", "coverage"):
+        sides = [np.array([check.counts(kind)[metric] for check in checks(rows)]).T for rows in (first, second)]
+        if not all(wholes.any() for _, wholes in sides):
+            return {"metric": metric, "a": a, "b": b} | dict.fromkeys(
+                ("value", "low", "high", "p", "a_value", "b_value", "relative")
+            )
+        means = [100 * parts.sum() / wholes.sum() for parts, wholes in sides]
+        value, low, high, p = paired_ratio_bootstrap(*sides)
+        value, low, high = 100 * value, 100 * low, 100 * high
+    else:
+        sides = [[row["metrics"][metric] for row in rows] for rows in (first, second)]
+        means = [np.mean(side) for side in sides]
+        value, low, high, p = paired_bootstrap(*sides)
+    relative = value / means[1] if means[1] else 0.0
     return {"metric": metric, "a": a, "b": b, "value": value, "low": low, "high": high, "p": p} | {
-        "relative": float(relative)
+        "a_value": float(means[0]),
+        "b_value": float(means[1]),
+        "relative": float(relative),
     }
+
+
+def taken_apart(a: str, b: str, chosen: dict[str, list[dict]], names: tuple[str, ...]) -> dict:
+    """A difference by kind of fact and by length: of each kind facts stated per caption, truth and coverage."""
+    kinds = {}
+    for kind in KINDS:
+        stated = [
+            float(np.mean([check.counts(kind)["truth"][1] for check in checks(chosen[name])])) for name in (a, b)
+        ]
+        found = {name: difference(name, a, b, chosen, kind) for name in names}
+        if any(stated) or any(of["value"] is not None for of in found.values()):
+            kinds[kind] = {"a_stated": stated[0], "b_stated": stated[1]} | found
+    lengths = "words" in chosen[a][0]["metrics"]
+    return {"a": a, "b": b, "kinds": kinds, "words": difference("words", a, b, chosen) if lengths else None}
 
 
 def gains(metrics: list[str], a: str, b: str, chosen: dict[str, list[dict]]) -> list[dict]:
     """Table 1: what a selection `a` gains over `b` in every metric, absolute and relative, with both means."""
-    found = []
-    for metric in metrics:
-        means = {name: float(np.mean([row["metrics"][metric] for row in chosen[key]])) for name, key in
-                 (("a_value", a), ("b_value", b))}  # fmt: skip
-        found.append(difference(metric, a, b, chosen) | means)
-    return found
+    return [difference(metric, a, b, chosen) for metric in metrics]
 
 
 def _matrix(samples: Samples, field: str, name: str) -> np.ndarray:

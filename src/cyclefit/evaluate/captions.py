@@ -18,6 +18,7 @@ from cyclefit.data import evaluation_batches
 from cyclefit.data.read import Shards, expand_shards
 from cyclefit.digests import digest, digest_of_shards
 from cyclefit.evaluate.analyses import (
+    checks,
     correlations,
     count_curve,
     difference,
@@ -25,6 +26,7 @@ from cyclefit.evaluate.analyses import (
     failures,
     gains,
     rank_curve,
+    taken_apart,
 )
 from cyclefit.evaluate.common import (
     Rows,
@@ -33,19 +35,20 @@ from cyclefit.evaluate.common import (
     launch,
     load_models,
     machine,
-    outcome_of,
     print_results,
     progress_bar,
     save_image,
     save_sources,
     write_json,
 )
+from cyclefit.evaluate.verdict import verdict
 from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.judges import Denoising, ImageText, Judge, Partners, Regeneration
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, caption_metrics, describe, self_bleu, tokenize
 from cyclefit.metrics.clip import clip_scores, retrieval
+from cyclefit.metrics.facts import by_kind, check, summarize
 from cyclefit.metrics.java import Java, Unavailable
 from cyclefit.paths import Folder
 from cyclefit.ranges import Count, Natural, Range, Seed
@@ -174,12 +177,12 @@ def captions(
 
     results, kept = {}, []
     for split, table in tables.items():
-        corpus = json.loads((folder / f"references-{split}.json").read_text())
+        corpus, facts = (json.loads((folder / f"{name}-{split}.json").read_text()) for name in ("references", "facts"))
         table.merge(models, list(corpus))
         stream = evaluation_batches(
             shards[split], image_size=image_size, batch_size=batch_size, limit=limit, num_workers=num_workers
         )
-        _measure(table.rows, corpus, scorer, stream, device)
+        _measure(table.rows, corpus, facts, scorer, stream, device)
         results[split], chosen = _results(table, corpus, models, judges, partners)
         kept.append((results[split]["rows"], chosen.values(), corpus))
     missing = _add_java_metrics(kept) if java else {}
@@ -203,8 +206,8 @@ def captions(
         "models": describe_models(models, "captioner"),
         "splits": results,
     }
-    if verdict := _verdict(models, results):
-        metrics["verdict"] = verdict
+    if found := verdict(models, "captioner", results, "CIDEr", ["nucleus", "greedy"]):
+        metrics["verdict"] = found
     write_json(folder / "metrics.json", metrics)
     for split, table in tables.items():
         _draw_gallery(folder, split, table.rows, results[split]["failures"], partners, gallery)
@@ -227,7 +230,8 @@ def _num_others(judges: dict[str, Judge]) -> int:
 
 def _evaluate(table, split, model, captioner, partners, plan, stream, limit, seed, fabric) -> None:
     """Appends one model's candidates on one split to its table, of this rank's batches; a first image warms up."""
-    (decodings, judges), done, folder, references = plan, table.done(model), table.path.parent, {}
+    (decodings, judges), done, folder = plan, table.done(model), table.path.parent
+    references, facts = {}, {}
     *_, nucleus = decodings
     warm = False
     names = [decoding.method for decoding in decodings for _ in range(decoding.num_samples)]
@@ -236,6 +240,7 @@ def _evaluate(table, split, model, captioner, partners, plan, stream, limit, see
         # Every rank reads all images, which is little beside what is made of them, and works on some batches.
         for number, (batch, others) in enumerate(with_others(stream, _num_others(judges))):
             references |= dict(zip(batch.keys, batch.references, strict=True))
+            facts |= dict(zip(batch.keys, batch.facts or [None] * len(batch), strict=True))
             if number % fabric.world_size != fabric.global_rank:
                 progress.update(task, advance=len(batch))
                 continue
@@ -282,11 +287,17 @@ def _evaluate(table, split, model, captioner, partners, plan, stream, limit, see
         progress.update(task, total=len(references), completed=len(references))
     if fabric.is_global_zero:
         write_json(folder / f"references-{split}.json", references)
+        write_json(folder / f"facts-{split}.json", facts)
 
 
 @torch.no_grad()
-def _measure(rows: list[dict], references: dict[str, list[str]], scorer: Scorer, stream, device) -> None:
-    """Adds each candidate's own metrics to its row, and the judges' sum to its scores."""
+def _measure(
+    rows: list[dict], references: dict[str, list[str]], facts: dict[str, dict | None], scorer: Scorer, stream, device
+) -> None:
+    """Adds each candidate's own metrics to its row, and the judges' sum to its scores.
+
+    What it states is held against the facts where every image of the split has some.
+    """
     keys = list(references)
     place = {key: i for i, key in enumerate(keys)}
     pairs = list(dict.fromkeys((row["caption"], row["key"]) for row in rows))
@@ -299,8 +310,14 @@ def _measure(rows: list[dict], references: dict[str, list[str]], scorer: Scorer,
     values |= retrieval(scorer.embed_texts(texts), images, at)
     rounded = {name: [round(float(value), 6) for value in column] for name, column in values.items()}
     measured = {pair: {name: column[i] for name, column in rounded.items()} for i, pair in enumerate(pairs)}
+    known = all(facts.values())
+    checked = {pair: check(pair[0], facts[pair[1]]) for pair in pairs} if known else {}
     for row in rows:
-        row["metrics"] = measured[row["caption"], row["key"]]
+        row["metrics"] = measured[row["caption"], row["key"]] | {"words": len(row["caption"].split())}
+        row.pop("facts", None)
+        if found := checked.get((row["caption"], row["key"])):
+            row["facts"] = found.record()
+            row["metrics"]["false captions"] = 100.0 * found.false
         if {"image cycle", "image-text"} <= row["scores"].keys():
             row["scores"][SUM] = round(row["scores"]["image cycle"] + row["scores"]["image-text"], 6)
 
@@ -319,6 +336,7 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
         rows.append(
             {"model": model, "decoding": decoding, "selection": selection, "seconds": seconds, **calls}
             | {"metrics": _metrics(picked, corpus)}
+            | ({"facts": by_kind(checks(picked))} if "facts" in picked[0] else {})
         )
 
     for model, by_key in by_model.items():
@@ -335,7 +353,7 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
         texts = [[row["caption"] for row in candidates] for candidates in pool]
         rows[-1]["metrics"]["self-BLEU"] = {"value": float(self_bleu(texts).mean())}
         different = float(np.mean([len({row["caption"] for row in candidates}) for candidates in pool]))
-        costs = {name: {k: v * different for k, v in judge.cost(partners, 1).items()} for name, judge in judges.items()}
+        costs = {name: judge.cost(partners, different) for name, judge in judges.items()}
         if SUM in pool[0][0]["scores"]:
             costs[SUM] = costs["image cycle"]
             seconds[SUM] = seconds["image cycle"] + seconds["image-text"]
@@ -349,15 +367,29 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
     ranked = [(model, judge, pool) for model, pool in pools.items() for judge in pool[0][0]["scores"]]
     judge = next(iter(judges))
     # The first judge by every metric, every judge by CIDEr.
+    known = "facts" in table.rows[0]
+    by_facts = ("truth", "coverage", "false captions") if known else ()
     told = [(of, metric) for of in ranked for metric in GAINS if of[1] == judge or metric == "CIDEr"]
+    told += [(of, "false captions") for of in ranked if known]
+    pairs = _pairs(models, judges)
     return {
         "num_images": len(references),
         "rows": rows,
-        "differences": _differences(models, chosen, judges),
+        "differences": [
+            difference(metric, a, b, chosen)
+            for a, b in pairs
+            for metric in (*by_facts, "CIDEr")
+            if a in chosen and b in chosen
+        ],
+        "parts": [
+            taken_apart(a, b, chosen, ("truth", "coverage"))
+            for a, b in pairs
+            if known and a in chosen and b in chosen
+        ],
         "gains": [
             gain
             for model, selection, _ in ranked
-            for gain in gains(list(GAINS), f"{model} · {selection}", f"{model} · nucleus", chosen)
+            for gain in gains([*by_facts, *GAINS], f"{model} · {selection}", f"{model} · nucleus", chosen)
         ],
         "rank_curves": [rank_curve(*of, metric, pool) for (*of, pool), metric in told],
         "count_curves": [
@@ -411,45 +443,25 @@ def _metrics(picked: list[dict], corpus: list[list[str]]) -> dict:
         for name in ("CIDEr", "CIDEr-D", *[f"BLEU-{n}" for n in (1, 2, 3, 4)], "ROUGE-L", "distinct-1", "distinct-2")
     }
     samples = {name: [row["metrics"][name] for row in picked] for name in ("CIDEr", "CIDEr-D")}
-    samples["words"] = [len(text.split()) for text in texts]
+    samples["words"] = [row["metrics"]["words"] for row in picked]
     samples |= {name: [row["metrics"][name] for row in picked] for name in ("ROUGE-L", "CLIPScore", "RefCLIPScore")}
     samples |= {f"R@{k}": [row["metrics"][f"R@{k}"] for row in picked] for k in (1, 5, 10)}
     for judge, name in (("image cycle", "image similarity"), ("image-text", "image-text similarity")):
         if judge in picked[0]["scores"]:
             samples[name] = [row["scores"][judge] for row in picked]
-    return shown | {name: estimate(column) for name, column in samples.items()}
+    facts = summarize(checks(picked)) if "facts" in picked[0] else {}
+    return facts | shown | {name: estimate(column) for name, column in samples.items()}
 
 
-def _differences(models, chosen: dict[str, list[dict]], judges: Iterable[str]) -> list[dict]:
-    plain, cycles = baselines(models, "captioner")
+def _pairs(models, judges: Iterable[str]) -> list[tuple[str, str]]:
+    """What is compared with what: cycles with plain finetuning, the control and reranking; judges with none."""
+    plain, cycles, controls = baselines(models, "captioner")
     single = ("nucleus", "greedy")
-    pairs = [(f"{a} · {decoding}", f"{b} · {decoding}") for decoding in single for a in cycles for b in plain]
-    pairs += [(f"{a} · {decoding}", "base · image cycle") for decoding in single for a in cycles]
+    pairs = [(a, b) for a in cycles for b in (*plain, *controls)] + [(a, b) for a in controls for b in plain]
+    pairs = [(f"{a} · {decoding}", f"{b} · {decoding}") for a, b in pairs for decoding in single]
+    pairs += [(f"{a} · {decoding}", f"base · {judge}") for decoding in single for a in cycles for judge in judges]
     pairs += [(f"base · {judge}", "base · nucleus") for judge in judges]
-    pairs += [("base · image cycle", "base · image-text")]
-    return [difference("CIDEr", a, b, chosen) for a, b in pairs if a in chosen and b in chosen]
-
-
-def _verdict(models, results: dict) -> dict | None:
-    """Whether the first run with a cycle beats the first without: one nucleus sample as in the paper, then greedy.
-
-    The first split decides; what came out on the others stands beside it.
-    """
-    plain, cycles = baselines(models, "captioner")
-    if not plain or not cycles:
-        return None
-    decodings, deciding, parts = {"nucleus": "one nucleus sample", "greedy": "one greedy caption"}, None, []
-    for split, result in results.items():
-        rows = {(row["a"], row["b"]): row for row in result["differences"]}
-        said = []
-        for decoding, name in decodings.items():
-            row = rows[f"{cycles[0]} · {decoding}", f"{plain[0]} · {decoding}"]
-            deciding = deciding or row
-            gain, low, high = (f"{row[k]:+.1f}" for k in ("value", "low", "high"))
-            said.append(f"{name} {gain} CIDEr (95 % interval {low} to {high})")
-        parts.append(f"on {result['num_images']} images of {split}, {', '.join(said)}")
-    better, outcome = outcome_of(deciding)
-    return {"better": better, "sentence": f"{outcome}: {cycles[0]} against {plain[0]} {'; '.join(parts)}."}
+    return [*pairs, ("base · image cycle", "base · image-text")]
 
 
 def _draw_gallery(folder: Path, split: str, rows: list[dict], failures, partners: Partners, count: int) -> None:
@@ -489,9 +501,15 @@ def _columns() -> dict[str, Callable[[dict], str]]:
     def decoding(row: dict) -> str:
         return row["decoding"] if row["selection"] == "single" else f"{row['decoding']}, best by {row['selection']}"
 
+    def fact(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{m['value']:.1f}" if (m := row["metrics"].get(name)) else ""
+
     return {
         "model": lambda row: row["model"],
         "decoding": decoding,
+        "truth %": fact("truth"),
+        "coverage %": fact("coverage"),
+        "false captions %": fact("false captions"),
         "CIDEr [95 %]": cider,
         "BLEU-4": decimal("BLEU-4"),
         "ROUGE-L": decimal("ROUGE-L"),

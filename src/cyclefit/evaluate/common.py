@@ -247,10 +247,23 @@ def cycle_of(config: dict, which: Which) -> dict | None:
     return arguments.get("cycle") or arguments.get({"captioner": "image_cycle", "generator": "text_cycle"}[which])
 
 
-def baselines(models: dict[str, tuple], which: Which) -> tuple[list[str], list[str]]:
-    """Names of the runs without and with a cycle."""
+def is_control(cycle: dict, which: Which) -> bool:
+    """Whether a cycle's reward is CLIP's similarity of image and text alone, without the other model."""
+    arguments = cycle.get("init_args", {})
+    if which == "captioner":
+        return arguments.get("reward", {}).get("class_path", "").endswith(".ImageText")
+    return arguments.get("likelihood_weight") == 0 and not arguments.get("text_weight")
+
+
+def baselines(models: dict[str, tuple], which: Which) -> tuple[list[str], list[str], list[str]]:
+    """Names of the runs without a cycle, with one, and with the image-text control in its place."""
     cycle = {name: cycle_of(config, which) for name, (_, config) in models.items() if name != "base"}
-    return [name for name, value in cycle.items() if value is None], [name for name, value in cycle.items() if value]
+    control = {name for name, value in cycle.items() if value and is_control(value, which)}
+    return (
+        [name for name, value in cycle.items() if value is None],
+        [name for name, value in cycle.items() if value and name not in control],
+        [name for name in cycle if name in control],
+    )
 
 
 def describe_models(models: dict[str, tuple], which: Which) -> dict[str, dict]:
@@ -270,18 +283,9 @@ def _described(config: dict, which: Which, index: int) -> dict:
         what = cycle["class_path"].rpartition(".")[2] + (
             f" ({reward['class_path'].rpartition('.')[2]})" if reward else ""
         )
-        described = f"{own} and a cycle: {what}"
-    about = {name: config[name] for name in ("steps", "folder", "digest")}
+        described = f"{own} and {'the control' if is_control(cycle, which) else 'a cycle'}: {what}"
+    about = {name: config[name] for name in ("steps", "folder", "digest", "train_seconds") if name in config}
     return {"description": described, **about, "color_index": index}
-
-
-def outcome_of(difference: dict) -> tuple[bool | None, str]:
-    """Whether a difference says that the cycle helped, and how the verdict begins."""
-    if difference["low"] > 0:
-        return True, "The cycle helped"
-    if difference["high"] < 0:
-        return False, "The cycle hurt"
-    return None, "The cycle made no difference that these images can show"
 
 
 def print_results(metrics: dict, columns: dict[str, Callable[[dict], str]], names: int, unit: str = "images") -> None:
@@ -295,5 +299,8 @@ def print_results(metrics: dict, columns: dict[str, Callable[[dict], str]], name
         for row in result["rows"]:
             table.add_row(*[cell(row) for cell in columns.values()])
         console.print(table)
-    if "verdict" in metrics:
-        console.print(f"[bold]{metrics['verdict']['sentence']}[/bold]")
+    if found := metrics.get("verdict"):
+        console.print(f"[bold]{found['sentence']}[/bold]")
+        for sentence in (found.get("control", {}).get("sentence"), found.get("changes")):
+            if sentence:
+                console.print(sentence)

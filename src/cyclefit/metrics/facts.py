@@ -63,6 +63,17 @@ class FactCheck:
         """Whether at least one stated fact is wrong."""
         return not all(statement.right for statement in self.stated)
 
+    def record(self) -> dict:
+        """As a row of candidates holds it."""
+        stated = [[of.kind, of.start, of.end, of.right] for of in self.stated]
+        return {"stated": stated, "covered": dict(self.covered), "there": dict(self.there)}
+
+    @classmethod
+    def read(cls, record: dict) -> "FactCheck":
+        """From `record`."""
+        stated = [Statement(*of) for of in record["stated"]]
+        return cls(stated, Counter(record["covered"]), Counter(record["there"]))
+
     def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
         """Of `truth` and `coverage` how many of how many, in all or of one kind of fact."""
         stated = [statement for statement in self.stated if kind in (None, statement.kind)]
@@ -70,20 +81,27 @@ class FactCheck:
         return {"truth": (sum(statement.right for statement in stated), len(stated)), "coverage": (covered, there)}
 
 
+def are_facts(facts: dict) -> bool:
+    """Whether these are the facts of a scene, of one or more things, or of a photograph."""
+    if "objects" in facts:
+        return isinstance(facts["objects"], list) and all(isinstance(name, str) for name in facts["objects"])
+    things = facts.get("things")
+    texts = [value for name, value in facts.items() if name != "things"]
+    if not things or not isinstance(things, list) or not all(isinstance(thing, dict) for thing in things):
+        return False
+    texts += [value for thing in things for value in thing.values()]
+    if "relation" in facts and (len(things) != 2 or facts["relation"] not in ("left", "above")):
+        return False
+    return all(isinstance(text, str) for text in texts)
+
+
 def check(caption: str, facts: dict) -> FactCheck:
-    """Holds what a caption states against the facts of its image.
-
-    Raises:
-        ValueError: the facts are neither a scene's nor a photograph's.
-
-    """
+    """Holds what a caption states against the facts of its image, a scene's or a photograph's."""
     if "things" in facts:
         return check_scene(caption, facts)
-    if "objects" in facts:
-        from cyclefit.metrics.chair import check_objects
+    from cyclefit.metrics.chair import check_objects
 
-        return check_objects(caption, facts)
-    raise ValueError(f"facts hold 'things' or 'objects', not {sorted(facts)}")
+    return check_objects(caption, facts)
 
 
 def summarize(checks: Sequence[FactCheck]) -> dict[str, dict[str, float]]:

@@ -26,11 +26,12 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
+from cyclefit.metrics.reader import ATTRIBUTES, SceneReader, attributes
 from cyclefit.miniature import WEIGHTS, scenes
 from cyclefit.miniature.vocabularies import CONTEXT_LENGTH, write_bpe, write_wordpiece
 
-STEPS = {"vae": 2000, "decoder": 500, "text_encoder": 500, "generator": 3000, "clip": 500, "clip-heldout": 600}
-STEPS |= {"eyes": 1000, "captions": 2000, "web captions": 750, "probe": 800}
+STEPS = {"vae": 2000, "decoder": 500, "text_encoder": 500, "generator": 3000, "clip": 500, "clip-heldout": 1500}
+STEPS |= {"eyes": 1000, "captions": 2000, "web captions": 750, "reader": 800}
 SIZE_LIMIT = 24_000_000
 """Bytes that the shipped weights may take together."""
 
@@ -64,30 +65,6 @@ def tokens(tokenizer, texts: list[list[str]]) -> Tensor:
     )
 
 
-ATTRIBUTES = {
-    "background": list(scenes.BACKGROUNDS),
-    "layout": [*scenes.PLACES, "left of", "above of"],
-    **{f"{what} {slot}": values for slot in (1, 2) for what, values in [
-        ("shape", [*scenes.SHAPES, "none"]), ("colour", [*scenes.COLOURS, "none"]), ("size", [*scenes.SIZES, "none"]),
-    ]},
-}  # fmt: skip
-"""What describes a scene: background, layout, and of each slot shape, colour and size; slot 1 is the left or upper
-one. Getting both slots and the layout right is getting the relation right."""
-
-
-def attributes(drawn: list[scenes.Scene]) -> Tensor:
-    """The scenes' attributes as class indices `(n, len(ATTRIBUTES))`."""
-    rows = []
-    for scene in drawn:
-        two = len(scene.things) == 2
-        row = [scene.background, f"{scene.place} of" if two else scene.place]
-        for slot in range(2):
-            thing = scene.things[slot] if slot < len(scene.things) else None
-            row += [thing.shape, thing.colour, thing.size] if thing else ["none"] * 3
-        rows.append([values.index(value) for values, value in zip(ATTRIBUTES.values(), row, strict=True)])
-    return torch.tensor(rows)
-
-
 SLOT_TOKENS = {"1": -1, "2": -2}
 """Where the text encoder keeps each slot (the last padding tokens; what is of neither slot is at -3): the denoiser can
 then attend from a place to the token that says what stands there."""
@@ -101,40 +78,13 @@ class AttributeHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, len(values)) for values in ATTRIBUTES.values())
 
     def forward(self, features: Tensor) -> list[Tensor]:
-        """Logits of each attribute, in the order of ATTRIBUTES, from a vector or from a text's hidden states."""
-        if features.dim() == 2:
-            return [head(features) for head in self.heads]
+        """Logits of each attribute, in the order of ATTRIBUTES, from a text's hidden states."""
         tokens = [SLOT_TOKENS.get(name[-1], -3) for name in ATTRIBUTES]
         return [head(features[:, token]) for head, token in zip(self.heads, tokens, strict=True)]
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy summed over the attributes, averaged over the batch."""
         return sum(F.cross_entropy(logits, targets[:, i]) for i, logits in enumerate(self(features)))
-
-
-class Probe(nn.Module):
-    """A small convolutional classifier of all attributes of an image, trained on real images of the world."""
-
-    def __init__(self, width: int = 48):
-        super().__init__()
-        layers, channels = [], 5
-        for out, stride in [(width, 1), (width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 1)]:
-            layers += [nn.Conv2d(channels, out, 3, stride, 1), nn.BatchNorm2d(out), nn.ReLU()]
-            channels = out
-        # Coordinates beside the colours and a flattened 4 x 4 grid: the classifier has to know where things are.
-        self.trunk = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU())
-        self.heads = AttributeHeads(256)
-        grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, scenes.SIZE)] * 2, indexing="ij"))
-        self.register_buffer("grid", grid, persistent=False)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features of images in [0, 1]."""
-        return self.trunk(torch.cat([images * 2 - 1, self.grid.expand(len(images), -1, -1, -1)], 1))
-
-    @torch.no_grad()
-    def predict(self, images: Tensor) -> Tensor:
-        """The most likely class of each attribute, `(n, len(ATTRIBUTES))`."""
-        return torch.stack([logits.argmax(-1) for logits in self.heads(self.features(images))], 1)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -258,7 +208,7 @@ def train_generator(out: Path, seed: int, vae_folder: Path) -> None:
     torch.manual_seed(seed)
     tokenizer = write_bpe(out / "tokenizer")
     ids = tokens(tokenizer, captions("pretrain", seed, ("full", "full", "full", "clean", "clean")))
-    targets = attributes(drawn)
+    targets = attributes([scene.facts for scene in drawn])
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -341,7 +291,7 @@ CLIPS = {
     # The judge is trained on noisy captions, as CLIP was; the held-out scorer is another architecture on clean ones.
     "clip": ({"layers": [1, 1, 1, 1], "width": 16, "head_width": 16}, ("web",) * 4, 256, 2e-3),
     "clip-heldout": (
-        {"layers": 3, "width": 96, "head_width": 24, "patch_size": 4},
+        {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
         ("full", "clean", "clean"),
         128,
         1e-3,
@@ -465,7 +415,7 @@ def train_eyes(out: Path, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tower = BlipVisionModel(captioner_config(write_wordpiece(out)).vision_config)
     initialise(tower)
-    heads, targets, following = AttentionHeads(128), attributes(drawn), batches(images, 128, seed)
+    heads, targets, following = AttentionHeads(128), attributes([scene.facts for scene in drawn]), batches(images, 128, seed)
 
     def loss() -> Tensor:
         index, x = following()
@@ -522,21 +472,22 @@ def train_captioner(out: Path, seed: int, eyes: Path) -> None:
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
 
-def train_probe(out: Path, seed: int) -> None:
-    """The attribute probe; it measures the generator and is not shipped."""
+def train_reader(out: Path, seed: int) -> None:
+    """The reader of images, which says what is true of a drawn one."""
     from safetensors.torch import save_file
 
     images, drawn, _ = world("pretrain", seed)
     torch.manual_seed(seed)
-    targets, probe, following = attributes(drawn), Probe(), batches(images, 128, seed)
+    targets = attributes([scene.facts for scene in drawn])
+    reader, following = SceneReader(), batches(images, 128, seed)
 
     def loss() -> Tensor:
         index, x = following()
-        return probe.heads.loss(probe.features((x + 0.02 * torch.randn_like(x)).clamp(0, 1)), targets[index])
+        return reader.loss((x + 0.02 * torch.randn_like(x)).clamp(0, 1), targets[index])
 
-    train("probe", list(probe.parameters()), loss, 2e-3)
+    train("reader", list(reader.parameters()), loss, 2e-3)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(probe.state_dict(), out / "probe.safetensors")
+    save_file(reader.state_dict(), out / "reader.safetensors")
 
 
 def main() -> None:
@@ -557,7 +508,7 @@ def main() -> None:
         "eyes": train_eyes,
         "blip": lambda out, seed: train_captioner(out, seed, work / "eyes"),
         "clip": lambda out, seed: train_clip(out, seed, "clip"),
-        "probe": train_probe,
+        "reader": train_reader,
         "clip-heldout": lambda out, seed: train_clip(out, seed, "clip-heldout"),
     }
     for name in arguments.stages or stages:
