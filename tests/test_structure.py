@@ -11,8 +11,8 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
     {"batch", "files", "paths", "ranges", "start"},
-    {"bridge", "digests", "loading", "settings"},
-    {"captioners", "generators", "scorers", "data", "metrics"},
+    {"bridge", "digests", "loading", "metrics", "settings"},
+    {"captioners", "generators", "scorers", "data"},
     {"judges", "runs", "latents"},
     {"cycles", "rerank"},
     {"report"},

@@ -6,7 +6,7 @@ from html import escape
 from cyclefit.report.figures import THEME, color, is_percentage, metric_names
 
 NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU"}
+LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU", "CHAIRi", "CHAIRs"}
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
