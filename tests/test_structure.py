@@ -12,7 +12,8 @@ PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
     {"batch", "files", "paths", "ranges", "start"},
     {"bridge", "digests", "loading", "settings"},
-    {"captioners", "generators", "scorers", "data", "metrics"},
+    {"metrics"},
+    {"captioners", "generators", "scorers", "data"},
     {"judges", "runs", "latents"},
     {"cycles", "rerank"},
     {"report"},

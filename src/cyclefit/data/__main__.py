@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cyclefit.start import run
 
-from .sources import coco_source, folder_source, img2dataset_source, nocaps_source
+from .sources import add_objects, coco_source, folder_source, img2dataset_source, nocaps_source
 from .write import Sample, find_begun, verify_shards, write_shards
 
 
@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("--images", required=True, help="folder of images (img2dataset: of its shards)")
     pack.add_argument("--annotations", help="captions file; a folder may have .txt files instead")
     pack.add_argument("--split", help="split of Karpathy's file (train+restval for two); domain for nocaps")
+    pack.add_argument("--instances", nargs="+", help="COCO's instances_*.json, for the objects in each image")
     pack.add_argument("--out", required=True, help="folder for the shards, without shards so far")
     pack.add_argument("--samples_per_shard", type=int, default=1000)
     pack.add_argument("--limit", type=int, help="only the first so many samples")
@@ -42,6 +43,8 @@ def _source(args: argparse.Namespace) -> Iterator[Sample]:
         raise ValueError(f"pack {args.source} needs --annotations, the json of captions.")
     if args.source in ("folder", "img2dataset") and args.split is not None:
         raise ValueError(f"pack {args.source} knows no splits; leave --split out.")
+    if args.source != "coco" and args.instances is not None:
+        raise ValueError(f"--instances belong to COCO's images; leave them out for pack {args.source}.")
     if args.source == "folder":
         return folder_source(args.images, args.annotations)
     if args.source == "coco":
@@ -65,8 +68,10 @@ def _pack(args: argparse.Namespace) -> None:
     else:
         samples = list(samples)
         total = len(samples)
+        if args.instances is not None:
+            add_objects(samples, args.instances)
     source = f"{args.source} {args.images} {args.annotations or ''} {args.split or ''}"
-    source = " ".join(source.split())
+    source = " ".join([*source.split(), *(args.instances or [])])
     begun = find_begun(args.out, source, args.samples_per_shard)
     manifest = write_shards(
         (sample for sample in samples if sample.key not in begun.keys),

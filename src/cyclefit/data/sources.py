@@ -5,10 +5,11 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cyclefit.files import within
+from cyclefit.metrics.chair import objects_by_image
 
 from .tars import read_tar
 from .write import IMAGE_SUFFIXES, Sample
@@ -68,6 +69,24 @@ def coco_source(images: str | Path, annotations: str | Path, split: str | None =
     if split is not None:
         raise ValueError(f"{path} is not divided into splits; leave split={split} out, or use Karpathy's file.")
     yield from _coco_layout(images, path, data)
+
+
+def add_objects(samples: list[Sample], instances: Iterable[str | Path]) -> None:
+    """Gives each sample of `coco_source` the `facts` of its photograph; see `cyclefit.metrics.chair`.
+
+    Its `objects` are the sorted categories of its instances and those that its captions name.
+
+    Raises:
+        FileNotFoundError: a file of instances is missing.
+        ValueError: a file is not COCO's `instances_*.json`, or they do not list every image.
+
+    """
+    captions: dict[str, list[str]] = {}
+    for sample in samples:
+        captions.setdefault(str(sample.extra.get("image_id")), []).extend(filter(None, sample.captions))
+    objects = objects_by_image(map(Path, instances), captions)
+    for sample in samples:
+        sample.extra["facts"] = {"objects": objects[str(sample.extra.get("image_id"))]}
 
 
 def nocaps_source(images: str | Path, annotations: str | Path, domain: str | None = None) -> Iterator[Sample]:

@@ -24,13 +24,15 @@ from cyclefit.metrics.captions import (
     self_bleu,
     tokenize,
 )
+from cyclefit.metrics.chair import chair_scores, check_objects, objects_by_image
 from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
 from cyclefit.ranges import Positive
 from cyclefit.report.figures import is_percentage
 from cyclefit.scorers import Scorer
 
 SHOWN = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "CIDEr-D", "SPICE", "CLIPScore",
-         "RefCLIPScore", "R@1", "R@5", "R@10", "words", "distinct-1", "distinct-2", "self-BLEU"]  # fmt: skip
+         "RefCLIPScore", "R@1", "R@5", "R@10", "CHAIRi", "CHAIRs", "object recall", "words", "distinct-1", "distinct-2",
+         "self-BLEU"]  # fmt: skip
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -48,10 +50,11 @@ def score(
     java_timeout: Positive = 3600.0,
     images: str | None = None,
     scorer: Scorer | None = None,
+    instances: str | None = None,
 ) -> int:
     """Scores captions in a file against reference captions in another, by every caption metric.
 
-    What is missing for a metric (Java, CoreNLP, images) is said in its row; the others are computed.
+    What is missing for a metric (Java, CoreNLP, images, instances) is said in its row; the others are computed.
 
     Args:
         candidates: JSON: {image id: caption}, {image id: [captions]} or COCO results [{image_id, caption}].
@@ -67,6 +70,7 @@ def score(
         java_timeout: seconds that METEOR or SPICE may take.
         images: the folder of the images, for CLIPScore and retrieval: COCO's file names, else image id and suffix.
         scorer: CLIP, for the same.
+        instances: COCO's instances json, for CHAIR: what is in an image beside what its references name.
 
     """
     if (images is None) != (scorer is None):
@@ -74,6 +78,9 @@ def score(
     if out:
         check_out_file(Path(out), _is_scores, "file of scores that this command wrote")
     files = _read_files(Path(candidates), Path(references), subset)
+    objects = None
+    if instances is not None:
+        objects = objects_by_image([Path(instances)], dict(zip(files.ids, files.references, strict=True)))
     engine = Java(java_heap, java_timeout, Path(corenlp) if corenlp else None)
     tokenized = tokenize if tokenizer == "own" else _by_java(engine, files)
     frequencies = read_document_frequencies(Path(document_frequencies)) if document_frequencies else None
@@ -109,6 +116,15 @@ def score(
         corpus |= {name: float(column.mean()) for name, column in of_clip.items()}
     else:
         unavailable["CLIPScore"] = "it needs --images and --scorer"
+    if objects is not None:
+        facts = [{"objects": objects[files.ids[i]]} for i in owner]
+        of_corpus, each = chair_scores(list(map(check_objects, texts, facts)))
+        corpus |= of_corpus
+        values |= each
+        if "CHAIRi" not in of_corpus:
+            unavailable["CHAIRi"] = "no candidate names an object"
+    else:
+        unavailable["CHAIRi"] = "it needs --instances"
 
     dependence = describe(measured.document_frequencies, tokenizer=tokenized)
     result = {
@@ -118,13 +134,14 @@ def score(
             "versions": {name: importlib.metadata.version(name) for name in ("cyclefit", "pycocoevalcap")},
             "candidates": candidates,
             "references": references,
+            "instances": instances,
             "images": len(files.ids),
             "captions": len(texts),
         },
         "corpus": corpus,
         "unavailable": unavailable,
         "images": {
-            key: {name: [round(float(column[i]), 9) for i in places] for name, column in values.items()}
+            key: {name: [_rounded(column[i]) for i in places] for name, column in values.items()}
             for key, places in zip(files.ids, _places(owner), strict=True)
         },
     }
@@ -143,6 +160,10 @@ def _is_scores(text: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() == {"metadata", "corpus", "unavailable", "images"}
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 9)
 
 
 def _places(owner: list[int]) -> list[list[int]]:

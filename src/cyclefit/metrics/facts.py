@@ -276,4 +276,3 @@ def _under(reading: Reading, facts: dict, assigned: dict[int, int]) -> FactCheck
         state("background", start, end, right := value == facts.get("background"))
         made.covered["background"] |= right
     return made
-

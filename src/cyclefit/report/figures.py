@@ -30,8 +30,8 @@ SCORES = {
 
 def is_percentage(metric: str) -> bool:
     """Whether a metric is on the scale of 100 that papers print, and written with one decimal."""
-    facts = ("truth", "coverage", "false captions", "false images")
-    return metric.startswith(("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@", "self-BLEU", *facts))
+    names = ("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@", "self-BLEU", "CHAIR", "object recall")
+    return metric.startswith((*names, "truth", "coverage", "false captions", "false images"))
 
 
 def metric_names(rows: list[dict]) -> list[str]:

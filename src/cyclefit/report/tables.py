@@ -6,7 +6,7 @@ from html import escape
 from cyclefit.report.figures import THEME, color, is_percentage, metric_names
 
 NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU", "false captions", "false images"}
+LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU", "CHAIRi", "CHAIRs", "false captions", "false images"}
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
