@@ -20,7 +20,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver, _launch_process_observer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, Timer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -464,7 +464,8 @@ class RunCLI(LightningCLI):
         monitor = self.model.monitor
         best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
-        self.trainer_defaults["callbacks"] = [self.stop, *([best] if monitor else []), last, *self._progress()]
+        kept = [best, last] if monitor else [last]
+        self.trainer_defaults["callbacks"] = [self.stop, Timer(), *kept, *self._progress()]
         kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.

@@ -246,13 +246,15 @@ class TextCycle(nn.Module, ABC):
     """y -> x -> y': how much of a caption a captioner and CLIP find in what the generator makes of it.
 
     The images come from `draw`; the loss of one with the caption y it was made from is
-    L = NLL(y | x) [- NLL(y_other | x)] + image_text_weight (1 - f(x, y)) + text_weight (1 - f_text(y, y')),
+    L = likelihood_weight (NLL(y | x) [- NLL(y_other | x)]) + image_text_weight (1 - f(x, y))
+        + text_weight (1 - f_text(y, y')),
     NLL the captioner's, in nats per token; y_other another caption of the batch; y' the captioner's soft caption of x,
     teacher-forced on y, embedded by CLIP's text tower through the vocabulary bridge.
 
     Args:
         weight: of the loss beside the generator's own.
         contrastive: subtract the captioner's NLL of the batch's next caption on the same image.
+        likelihood_weight: of the captioner's term; 0 with `image_text_weight` is the control, CLIP as the only reward.
         image_text_weight: of CLIP's term of image and caption; 0 needs no scorer.
         text_weight: of CLIP's term of the two captions; 0 needs no scorer. The generator and the scorer must share a
             vocabulary, as Stable Diffusion and OpenAI's CLIP do.
@@ -267,10 +269,12 @@ class TextCycle(nn.Module, ABC):
         image_text_weight: NonNegative = 0.0,
         text_weight: NonNegative = 0.0,
         num_images: Count | None = None,
+        likelihood_weight: NonNegative = 1.0,
     ):
         super().__init__()
         self.weight = weight
         self.contrastive = contrastive
+        self.likelihood_weight = likelihood_weight
         self.image_text_weight = image_text_weight
         self.text_weight = text_weight
         self.num_images = num_images
@@ -335,6 +339,7 @@ class TextCycle(nn.Module, ABC):
             other = self._nll(captioner, captioner.logits(features, others), others)
             loss = nll - other
             logs["other_caption_nll"] = other.detach().mean()
+        loss = self.likelihood_weight * loss
         if self.image_text_weight or self.text_weight:
             texts = scorer.embed_texts(captions)
         if self.image_text_weight:

@@ -155,6 +155,8 @@ class Denoising(Judge):
     min_timestep: Natural = 0
     max_timestep: Count = 1000
     guidance_scale: Positive = 1.0
+    log: bool = False
+    """Score by -E[log err]: what a detail explains counts by its share of the error that is left."""
     num_timesteps: Count = 4
     """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
     batch_size: Count = 256
@@ -210,7 +212,7 @@ class Denoising(Judge):
                     of = rows[part]
                     guided = (empty[of], self.guidance_scale) if empty is not None else ()
                     errors = generator.errors(z[of], conditioning[part], timesteps, noise[of], *guided)
-                    total[part] += sign * errors / self.num_timesteps
+                    total[part] += sign * (errors.log() if self.log else errors) / self.num_timesteps
         return total[torch.tensor(index, device=device)]
 
     def cost(self, partners, num_candidates) -> dict[str, float]:

@@ -227,8 +227,8 @@ def read_config(folder: Path) -> dict:
 def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Tensor]]:
     """A run's configuration and the parameters it trained by name, `captioner...`, `generator...`.
 
-    The configuration has `folder`, `steps` and the `digest` of the parameters beside the settings. Of a run with a
-    moving average the parameters are the average.
+    The configuration has `folder`, `steps`, `train_seconds` and the `digest` of the parameters beside the settings. Of
+    a run with a moving average the parameters are the average.
 
     Raises:
         FileNotFoundError: the folder holds no run, or no such checkpoint.
@@ -245,6 +245,8 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
         raise UserError(f"{path} is no checkpoint that a run has saved: its moving average is of other parameters")
     parameters = dict(zip(names, tensors, strict=True))
     about = {"steps": state["global_step"], "folder": str(folder), "digest": digest(parameters)}
+    with suppress(KeyError, TypeError, ValueError):
+        about["train_seconds"] = float(state["callbacks"]["Timer"]["time_elapsed"]["train"])
     return config | about, parameters
 
 

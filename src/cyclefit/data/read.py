@@ -361,7 +361,7 @@ class _Decoder:
             return None
 
     def decode(self, sample: dict, rng: random.Random | None = None, crop: str = "center"):
-        """Image, caption, captions, key, latents, facts; with `rng`, a caption (and crop) of its choice, and no facts."""
+        """Image, caption, captions, key, latents, facts; with `rng`, a caption (and crop) of its choice, no facts."""
         captions = read_captions(sample)
         image = next((sample[extension] for extension in IMAGES if extension in sample), None)
         if image is None:

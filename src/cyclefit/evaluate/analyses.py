@@ -64,9 +64,7 @@ def taken_apart(a: str, b: str, chosen: dict[str, list[dict]], names: tuple[str,
     """A difference by kind of fact and by length: of each kind facts stated per caption, truth and coverage."""
     kinds = {}
     for kind in KINDS:
-        stated = [
-            float(np.mean([check.counts(kind)["truth"][1] for check in checks(chosen[name])])) for name in (a, b)
-        ]
+        stated = [float(np.mean([check.counts(kind)["truth"][1] for check in checks(chosen[name])])) for name in (a, b)]
         found = {name: difference(name, a, b, chosen, kind) for name in names}
         if any(stated) or any(of["value"] is not None for of in found.values()):
             kinds[kind] = {"a_stated": stated[0], "b_stated": stated[1]} | found

@@ -382,9 +382,7 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
             if a in chosen and b in chosen
         ],
         "parts": [
-            taken_apart(a, b, chosen, ("truth", "coverage"))
-            for a, b in pairs
-            if known and a in chosen and b in chosen
+            taken_apart(a, b, chosen, ("truth", "coverage")) for a, b in pairs if known and a in chosen and b in chosen
         ],
         "gains": [
             gain

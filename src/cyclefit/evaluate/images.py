@@ -21,7 +21,17 @@ from cyclefit.captioners import Captioner
 from cyclefit.data import evaluation_batches
 from cyclefit.data.read import Shards, expand_shards
 from cyclefit.digests import digest, digest_of_shards
-from cyclefit.evaluate.analyses import correlations, count_curve, difference, estimate, failures, gains, rank_curve
+from cyclefit.evaluate.analyses import (
+    checks,
+    correlations,
+    count_curve,
+    difference,
+    estimate,
+    failures,
+    gains,
+    rank_curve,
+    taken_apart,
+)
 from cyclefit.evaluate.common import (
     Rows,
     baselines,
@@ -29,18 +39,20 @@ from cyclefit.evaluate.common import (
     launch,
     load_models,
     machine,
-    outcome_of,
     print_results,
     progress_bar,
     save_image,
     save_sources,
     write_json,
 )
+from cyclefit.evaluate.verdict import verdict
 from cyclefit.files import safe_name
 from cyclefit.generators import Generator
 from cyclefit.loading import freeze, half_on_gpu
 from cyclefit.metrics.captions import CaptionScorer, describe
+from cyclefit.metrics.facts import by_kind, check, summarize
 from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.metrics.reader import SceneReader
 from cyclefit.paths import Folder
 from cyclefit.ranges import Count, Natural, Seed
 from cyclefit.report import write_report
@@ -60,6 +72,7 @@ def images(
     captioner: Captioner,
     scorer: Scorer,
     held_out: Scorer | None = None,
+    reader: SceneReader | None = None,
     runs: list[Folder] | None = None,
     out: str = "runs/image_evaluation",
     num_candidates: Count = 10,
@@ -86,6 +99,7 @@ def images(
         captioner: frozen, before finetuning: captions the images for the text cycle.
         scorer: CLIP, which judges candidates.
         held_out: a second scorer, on which nothing is trained and which chooses nothing.
+        reader: reads the facts of drawn images, which the prompts' statements are held against.
         runs: folders of finetuned generators.
         out: the folder of the evaluation.
         num_candidates: N images per prompt.
@@ -113,11 +127,14 @@ def images(
     # Taken before anything changes its precision. What is retrieved is chosen among all prompts.
     common = {"seed": seed, "image_size": image_size, "max_new_tokens": max_new_tokens, "limit": limit, **sampling}
     common |= {"captioner": digest(captioner), "scorer": digest(scorer), "held_out": held_out and digest(held_out)}
+    common |= {"reader": reader and digest(reader)}
     counts = {model: num_candidates if model == "base" or rerank_runs else 1 for model in models}
     depends = {
         model: common | {"generator": digest(network), "candidates": counts[model]}
         for model, (network, _) in models.items()
     }
+    if reader is not None:
+        freeze(reader.to(device))
     for model in (captioner, *scorers.values()):
         half_on_gpu(freeze(model.to(device)))
 
@@ -137,7 +154,18 @@ def images(
             # As many images together whatever their number per prompt, for the seconds to compare.
             together = max(1, batch_size * num_candidates // counts[model])
             _evaluate(
-                table, split, model, counts[model], draw, captioner, scorers, prompts[split], together, seed, fabric
+                table,
+                split,
+                model,
+                counts[model],
+                draw,
+                captioner,
+                scorers,
+                reader,
+                prompts[split],
+                together,
+                seed,
+                fabric,
             )
             network.to("cpu")
     fabric.barrier()
@@ -170,8 +198,8 @@ def images(
         "models": describe_models(models, "generator"),
         "splits": results,
     }
-    if verdict := _verdict(models, results, list(scorers)):
-        metrics["verdict"] = verdict
+    if found := verdict(models, "generator", results, f"image similarity ({list(scorers)[-1]})", ["single"]):
+        metrics["verdict"] = found
     write_json(folder / "metrics.json", metrics)
     for table in tables.values():
         table.rewrite()
@@ -225,6 +253,7 @@ def _evaluate(
     draw: Callable[[list[str], list[int]], Drawings],
     captioner: Captioner,
     scorers: dict[str, Scorer],
+    reader: SceneReader | None,
     prompts: _Prompts,
     batch_size: int,
     seed: int,
@@ -262,6 +291,10 @@ def _evaluate(
                 }
                 for j, (i, k) in enumerate(drawn)
             ]
+            for row, facts in zip(rows, reader.read(made.images) if reader is not None else (), strict=False):
+                found = check(row["prompt"], facts)
+                row["facts"] = found.record()
+                row["metrics"]["false images"] = 100.0 * found.false
             for row, image in zip(rows, made.images, strict=True):
                 save_image(image, table.path.parent / row["image"])
             table.append(rows)
@@ -332,21 +365,28 @@ def _results(selected: tuple[Chosen, dict], table: Rows, models, scorers: dict[s
                 "generator_calls": count,
                 "denoiser_calls": count * calls,
                 "seconds": count * (seconds["drawing"] + seconds.get(selection, 0)),
-                "metrics": {name: estimate([row["metrics"][name] for row in picked]) for name in picked[0]["metrics"]},
+                "metrics": _truth(picked)
+                | {name: estimate([row["metrics"][name] for row in picked]) for name in picked[0]["metrics"]},
             }
+            | ({"facts": by_kind(checks(picked))} if "facts" in picked[0] else {})
         )
     measured = [name for name in chosen["base", "single"][0]["metrics"] if name != "captioner NLL"]
     quality = [f"image similarity ({held_out})", "CIDEr"]
     named = {" · ".join(name): picked for name, picked in chosen.items()}
     ranked = [(model, judge, samples) for model, samples in pools.items() for judge in samples[0][0]["scores"]]
+    known = "facts" in chosen["base", "single"][0]
+    pairs = [(a, b) for a, b in _pairs(models) if a in named and b in named]
+    metrics = [*["truth", "false images"] * known, *(f"image similarity ({label})" for label in reversed(scorers))]
+    metrics += ["CIDEr", f"image-text similarity ({held_out})"]
     return {
         "num_images": len(chosen["base", "single"]),
         "rows": rows,
-        "differences": _differences(models, chosen, list(scorers)),
+        "differences": [difference(metric, a, b, named) for a, b in pairs for metric in metrics],
+        "parts": [taken_apart(a, b, named, ("truth",)) for a, b in pairs if known],
         "gains": [
             gain
             for model, judge, _ in ranked
-            for gain in gains(measured, f"{model} · {judge}", f"{model} · single", named)
+            for gain in gains([*["truth"] * known, *measured], f"{model} · {judge}", f"{model} · single", named)
         ],
         "rank_curves": [rank_curve(*of, metric, samples) for metric in quality for *of, samples in ranked],
         "count_curves": [
@@ -361,48 +401,21 @@ def _results(selected: tuple[Chosen, dict], table: Rows, models, scorers: dict[s
     }
 
 
-def _differences(models, chosen: Chosen, scorers: list[str]) -> list[dict]:
-    """Runs with a cycle against those without and against reranking, and reranking against one image."""
-    plain, cycles = baselines(models, "generator")
-    pairs = [(f"{a} · single", f"{b} · single") for a in cycles for b in plain]
+def _truth(picked: list[dict]) -> dict:
+    """Of what the prompts state the share that the images show; first in the table."""
+    if "facts" not in picked[0]:
+        return {}
+    found = summarize(checks(picked))
+    return {"truth": found["truth"]} if "truth" in found else {}
+
+
+def _pairs(models) -> list[tuple[str, str]]:
+    """What is compared: runs with a cycle with plain ones, the control and reranking, and reranking with one image."""
+    plain, cycles, controls = baselines(models, "generator")
+    pairs = [(a, b) for a in cycles for b in (*plain, *controls)] + [(a, b) for a in controls for b in plain]
+    pairs = [(f"{a} · single", f"{b} · single") for a, b in pairs]
     pairs += [(f"{a} · single", "base · text cycle") for a in cycles]
-    pairs += [("base · text cycle", "base · single"), ("base · text cycle", "base · image-text")]
-    named = {" · ".join(name): picked for name, picked in chosen.items()}
-    metrics = [f"image similarity ({label})" for label in reversed(scorers)]
-    metrics += ["CIDEr", f"image-text similarity ({scorers[-1]})"]
-    return [difference(metric, a, b, named) for a, b in pairs if a in named and b in named for metric in metrics]
-
-
-def _verdict(models, results: dict, scorers: list[str]) -> dict | None:
-    """Whether one image of the first run with a cycle is more like the reference than one of the first without.
-
-    By the held-out scorer where there is one, for the other may have been trained on. The first split decides; what
-    came out on the others stands beside it.
-    """
-    plain, cycles = baselines(models, "generator")
-    if not plain or not cycles:
-        return None
-    a, b = f"{cycles[0]} · single", f"{plain[0]} · single"
-    *trained, judge = (f"image similarity ({label})" for label in scorers)
-    deciding, parts = None, []
-    for split, result in results.items():
-        rows = {row["metric"]: row for row in result["differences"] if (row["a"], row["b"]) == (a, b)}
-        deciding = deciding or rows[judge]
-        similarity = f"image similarity {_gain(rows[judge])} on the {'held-out ' * bool(trained)}scorer {scorers[-1]}"
-        if trained:
-            similarity += f", beside {_gain(rows[trained[0]])} on {scorers[0]}"
-        parts.append(
-            f"on {result['num_images']} prompts of {split}, {similarity}; CIDEr of the image's caption "
-            f"{_gain(rows['CIDEr'], 1)}"
-        )
-    better, outcome = outcome_of(deciding)
-    return {"better": better, "sentence": f"{outcome}: {cycles[0]} against {plain[0]} {'; '.join(parts)}."}
-
-
-def _gain(row: dict, places: int = 3) -> str:
-    # 0.0 is added because a rounded -0.0 would read as a loss.
-    gain, low, high = (f"{round(row[k], places) + 0.0:+.{places}f}" for k in ("value", "low", "high"))
-    return f"{gain} (95 % interval {low} to {high})"
+    return [*pairs, ("base · text cycle", "base · single"), ("base · text cycle", "base · image-text")]
 
 
 def _add_distances(folder: Path, results: dict, selected: dict[str, tuple[Chosen, dict]], device) -> str:
@@ -440,9 +453,15 @@ def _columns(scorers: list[str]) -> dict[str, Callable[[dict], str]]:
         return row["selection"] if row["selection"] in ("single", "oracle") else f"best by {row['selection']}"
 
     label = scorers[-1]
+
+    def fact(name: str) -> Callable[[dict], str]:
+        return lambda row: f"{m['value']:.1f}" if (m := row["metrics"].get(name)) else ""
+
     return {
         "model": lambda row: row["model"],
         "image": image,
+        "truth %": fact("truth"),
+        "false images %": fact("false images"),
         "CIDEr [95 %]": cider,
         f"image sim. ({label})": number(f"image similarity ({label})"),
         f"image-text sim. ({label})": number(f"image-text similarity ({label})"),

@@ -11,16 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from cyclefit.captioners import Blip, Decoding
 from cyclefit.generators import StableDiffusion
+from cyclefit.judges import Denoising, ImageText, Partners
 from cyclefit.metrics.captions import caption_metrics
+from cyclefit.metrics.facts import by_kind, check, summarize
+from cyclefit.metrics.reader import SceneReader
 from cyclefit.miniature import scenes
-from cyclefit.miniature.pretrain import ATTRIBUTES, SIZE_LIMIT, STEPS, Probe, attributes, captions, world
+from cyclefit.miniature.negatives import accuracy, of_captioner, of_judge
+from cyclefit.miniature.pretrain import SIZE_LIMIT, STEPS, captions, world
 from cyclefit.scorers import OpenClip
 
-MODELS = ("stable-diffusion", "blip", "clip", "clip-heldout")
+MODELS = ("stable-diffusion", "blip", "clip", "clip-heldout", "reader")
 
 
 def write_weights(work: Path, out: Path, seed: int) -> None:
-    """Copies the models of `work` to `out` with weights rounded to float16, measures both, writes `card.json`.
+    """Copies the models of `work` to `out` with weights rounded to float16, measures them, writes `card.json`.
 
     Raises:
         ValueError: the weights are larger than SIZE_LIMIT.
@@ -36,8 +40,6 @@ def write_weights(work: Path, out: Path, seed: int) -> None:
     total = sum(path.stat().st_size for path in files)
     if total > SIZE_LIMIT:
         raise ValueError(f"the weights take {total} bytes, more than {SIZE_LIMIT}")
-    probe = Probe().eval()
-    probe.load_state_dict(load_file(work / "probe" / "probe.safetensors"))
     card = {
         "description": "Pretrained models of cyclefit's miniature world, float16, made by cyclefit.miniature.pretrain.",
         "seed": seed,
@@ -45,60 +47,66 @@ def write_weights(work: Path, out: Path, seed: int) -> None:
         "seconds": {p.parent.name: int(p.read_text()) for p in sorted(work.glob("*/seconds.txt"))},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "bytes": total,
-        "quality": {"float32": quality(work, probe, seed), "float16": quality(out, probe, seed)},
+        "quality": {split: quality(out, split, seed) for split in ("validation", "test", "novel")},
+        "hard negatives": {split: hard_negatives(out, split, seed) for split in ("validation", "test", "novel")},
         "sha256": {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files},
     }
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card["quality"], indent=2))
 
 
-@torch.no_grad()
-def quality(folder: Path, probe: Probe, seed: int) -> dict[str, float]:
-    """What the models of a folder do on the validation split."""
-    pixels, drawn, generators = world("validation", seed)
-    images = pixels.float() / 255
-    truth = attributes(drawn)
-    full = captions("validation", seed, ("full",))[0]
+def quality(folder: Path, split: str, seed: int) -> dict[str, float]:
+    """What the models of a folder do on a split, shares in percent."""
+    pixels, drawn, generators = world(split, seed)
+    images, facts = pixels.float() / 255, [scene.facts for scene in drawn]
+    full = captions(split, seed, ("full",))[0]
     references = [[scenes.caption(s, "clean", rng) for _ in range(5)] for s, rng in zip(drawn, generators, strict=True)]
 
-    generator = StableDiffusion(str(folder / "stable-diffusion"), steps=10, guidance_scale=4.0, batch_size=100)
-    made = generator.generate(full, list(range(len(full))))
-    decoded = generator.decode_latents(generator.encode_images(images))
+    generator = StableDiffusion(str(folder / "stable-diffusion"), steps=10, guidance_scale=3.0, batch_size=100)
+    reader = SceneReader(str(folder / "reader"))
+    with torch.no_grad():
+        made = generator.generate(full, list(range(len(full))))
+        decoded = generator.decode_latents(generator.encode_images(images))
     psnr = -10 * (decoded - images).square().mean((1, 2, 3)).log10()
     result = {"vae_psnr_db": psnr.mean()}
-    result |= {f"generated_{k}": v for k, v in attribute_accuracy(probe.predict(made), truth).items()}
-    result |= {f"real_{k}": v for k, v in attribute_accuracy(probe.predict(images), truth).items()}
+    for name, shown in (("real", images), ("through the VAE", decoded), ("drawn", made)):
+        # A full caption states every fact: what the reader does not find is wrong in the image, or misread.
+        found = by_kind([check(text, of) for text, of in zip(full, reader.read(shown), strict=True)])
+        result |= {f"{kind} right, {name}": of["truth"]["value"] for kind, of in found.items()}
 
     for name in ("clip", "clip-heldout"):
         scorer = OpenClip(str(folder / name))
-        source, regenerated, texts = scorer.embed_images(images), scorer.embed_images(made), scorer.embed_texts(full)
+        with torch.no_grad():
+            source, regenerated = scorer.embed_images(images), scorer.embed_images(made)
+            texts = scorer.embed_texts(full)
         retrieved = (texts[:100] @ source[:100].T).argmax(1) == torch.arange(100)
-        result[f"{name}_recall_at_1_of_100"] = retrieved.float().mean()
-        result[f"{name}_similarity_generated"] = (source * regenerated).sum(1).mean()
-        result[f"{name}_similarity_shuffled"] = (source * regenerated.roll(1, 0)).sum(1).mean()
+        result[f"{name}: recall at 1 of 100"] = 100 * retrieved.float().mean()
+        result[f"{name}: similarity of drawn"] = (source * regenerated).sum(1).mean()
+        result[f"{name}: similarity of shuffled"] = (source * regenerated.roll(1, 0)).sum(1).mean()
 
     captioner = Blip(str(folder / "blip"))
-    greedy = [row[0] for row in captioner.sample(images, Decoding(), list(range(len(images))))]
-    result["captioner_greedy_cider"] = caption_metrics(greedy, references)["CIDEr"]
+    for decoding in (Decoding(), Decoding("nucleus", 2)):
+        rows = captioner.sample(images, decoding, list(range(len(images))))
+        found = summarize([check(text, of) for row, of in zip(rows, facts, strict=True) for text in row])
+        result |= {f"{decoding.method}: {name}": of["value"] for name, of in found.items()}
+        if decoding.num_samples == 1:
+            result["greedy: CIDEr"] = caption_metrics([row[0] for row in rows], references)["CIDEr"]
     return {name: round(float(value), 4) for name, value in result.items()}
 
 
-def attribute_accuracy(predicted: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Shares of images whose background, shapes, colours, sizes, place or relation is right.
-
-    `relation` is of two things: the layout is right, and each slot shows the thing the caption put there, where the
-    two things differ in colour and the colours are right in some order.
-    """
-    names = list(ATTRIBUTES)
-    column = {name: predicted[:, i] == truth[:, i] for i, name in enumerate(names)}
-    two = truth[:, names.index("shape 2")] != len(scenes.SHAPES)
-    first, second = names.index("colour 1"), names.index("colour 2")
-    ordered = column["colour 1"] & column["colour 2"]
-    swapped = (predicted[:, first] == truth[:, second]) & (predicted[:, second] == truth[:, first])
-    comparable = two & (truth[:, first] != truth[:, second]) & (ordered | swapped)
-    result = {"background": column["background"].float().mean(), "place": column["layout"][~two].float().mean()}
-    for what in ("shape", "colour", "size"):
-        both = torch.cat([column[f"{what} 1"], column[f"{what} 2"][two]])
-        result[what] = both.float().mean()
-    result["relation"] = (column["layout"] & ordered)[comparable].float().mean()
-    return {name: float(value) for name, value in result.items()}
+def hard_negatives(folder: Path, split: str, seed: int) -> dict[str, dict[str, float]]:
+    """Of each judge the accuracy in percent by kind of changed fact, on 150 scenes of two things; chance is 50."""
+    generator = StableDiffusion(str(folder / "stable-diffusion"), batch_size=100)
+    clip, held_out = (Partners(generator, OpenClip(str(folder / name))) for name in ("clip", "clip-heldout"))
+    judges = {
+        "CLIP image-text (the control)": of_judge(ImageText(), clip),
+        "held-out CLIP": of_judge(ImageText(), held_out),
+        "denoising error": of_judge(Denoising(), clip),
+        "denoising error, guidance 0.5, 2 timesteps": of_judge(Denoising(guidance_scale=0.5, num_timesteps=2), clip),
+        "contrastive, 2 others, contrast 0.5": of_judge(Denoising(num_others=2, contrast=0.5), clip),
+        "the captioner's own likelihood": of_captioner(Blip(str(folder / "blip"))),
+    }
+    return {
+        name: {kind: round(value, 1) for kind, value in accuracy(score, split, 150, seed).items()}
+        for name, score in judges.items()
+    }

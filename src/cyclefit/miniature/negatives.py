@@ -78,11 +78,13 @@ def of_judge(judge: Judge, partners: Partners) -> Score:
 
 
 def of_captioner(captioner: Captioner) -> Score:
-    """log p(caption | image) of a captioner."""
+    """The log-likelihood of a captioner, log p(caption | image)."""
 
     def score(images: Tensor, candidates: list[list[str]], seeds: list[int]) -> Tensor:
         features = captioner.embed(images)
-        columns = [captioner.log_prob(features, captioner.tokenize(list(texts))) for texts in zip(*candidates, strict=True)]
+        columns = [
+            captioner.log_prob(features, captioner.tokenize(list(texts))) for texts in zip(*candidates, strict=True)
+        ]
         return torch.stack(columns, 1)
 
     return score

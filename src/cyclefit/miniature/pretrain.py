@@ -415,7 +415,11 @@ def train_eyes(out: Path, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tower = BlipVisionModel(captioner_config(write_wordpiece(out)).vision_config)
     initialise(tower)
-    heads, targets, following = AttentionHeads(128), attributes([scene.facts for scene in drawn]), batches(images, 128, seed)
+    heads, targets, following = (
+        AttentionHeads(128),
+        attributes([scene.facts for scene in drawn]),
+        batches(images, 128, seed),
+    )
 
     def loss() -> Tensor:
         index, x = following()

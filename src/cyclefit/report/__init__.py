@@ -112,7 +112,8 @@ def _read_metrics(path: Path) -> dict:
     for split, content in results["splits"].items():
         where = f"splits.{split}"
         _expect(content, dict, path, where)
-        for name in ("rows", "differences", "gains", "rank_curves", "count_curves", "correlations", "failures"):
+        lists = ("rows", "differences", "parts", "gains", "rank_curves", "count_curves", "correlations", "failures")
+        for name in lists:
             _expect(content.setdefault(name, []), list, path, f"{where}.{name}")
         for i, row in enumerate(content["rows"]):
             at = f"{where}.rows[{i}]"
@@ -120,6 +121,7 @@ def _read_metrics(path: Path) -> dict:
             _expect(row.setdefault("metrics", {}), dict, path, f"{at}.metrics")
             for metric, entry in row["metrics"].items():
                 _expect_estimate(entry, path, f"{at}.metrics.{metric}")
+            _expect(row.setdefault("facts", {}), dict, path, f"{at}.facts")
             for name in ("generator_calls", "denoiser_calls", "seconds"):
                 if row.get(name) is not None:
                     _expect(row[name], (int, float), path, f"{at}.{name}")

@@ -31,18 +31,22 @@ from cyclefit.report.figures import (
 from cyclefit.report.tables import (
     LOWER_IS_BETTER,
     NONE,
+    cell,
     correlations_table,
     count,
     differences_table,
     dot,
+    facts_table,
     gains_table,
     limits,
     main_table,
     number,
+    parts_table,
     plural,
     reading,
     row_name,
     short,
+    table,
     trends_table,
 )
 
@@ -65,6 +69,8 @@ class Kind:
     metrics: dict[str, str]
     gallery: str
     """How to read it."""
+    glance: tuple[str, ...]
+    """Metrics of the first table."""
     scores: dict[str, str]
     """Scores that every candidate in the gallery shows, beside the one chosen there, and their short names."""
 
@@ -105,6 +111,9 @@ CAPTIONS = Kind(
         "oracle": "the candidate with the best metric against the references; no method can pass this bound.",
     },
     metrics={
+        "truth": "of the facts that captions state the share that is right, over all captions together.",
+        "coverage": "of the facts of the images the share that is stated rightly, over all images together.",
+        "false captions": "share of captions with at least one false fact; lower is better.",
         "CIDEr": "agreement with the references in words that are rare elsewhere.",
         "CIDEr-D": "CIDEr with clipped counts and a penalty on length, as coco-caption computes it.",
         "BLEU-4": "precision of word groups of up to four words.",
@@ -123,7 +132,9 @@ CAPTIONS = Kind(
         "image similarity": "cosine similarity of the source image and the one regenerated from the caption.",
     },
     gallery="left the source and its references; right each model's captions, the greedy one first, then the "
-    "candidates from the best score to the worst, each with the image regenerated from it.",
+    "candidates from the best score to the worst, each with the image regenerated from it. What is false of the source "
+    "is struck through.",
+    glance=("false captions", "truth", "coverage"),
     scores={},
 )
 IMAGES = Kind(
@@ -142,6 +153,9 @@ IMAGES = Kind(
         "similarity.",
     },
     metrics={
+        "truth": "of the facts that prompts state the share that the images show, over all prompts together, as the "
+        "reader of images sees it.",
+        "false images": "share of images that do not show at least one fact of the prompt; lower is better.",
         "CIDEr": "agreement of the image's caption with all references of the prompt.",
         "captioner NLL": "negative log-likelihood of the prompt given the image under the captioner, in nats per "
         "token; lower is better.",
@@ -154,7 +168,8 @@ IMAGES = Kind(
         "KID": "the same by a kernel, unbiased on few images; lower is better.",
     },
     gallery="left the reference image, the prompt in bold and the other references; right each model's images from "
-    "the best score to the worst, each with what the captioner says of it.",
+    "the best score to the worst, each with what the captioner says of it, and what of the prompt it does not show.",
+    glance=("false images", "truth"),
     scores={"text cycle": "text cycle", "image-text": "image-text"},
 )
 FAILURES = {"overrated": "failures: high score, low metric", "underrated": "failures: low score, high metric"}
@@ -218,7 +233,8 @@ def _part(evaluation: Evaluation, budget: int, alone: bool) -> tuple[str, str, s
     results, kind = evaluation.results, evaluation.kind
     head = "" if alone else f"{kind.name}: "
     summary = "" if alone else f"<h2>{kind.name}</h2>\n"
-    summary += f'{_verdict(results.get("verdict"))}\n<ul class="headline">\n{_headline(results, kind)}\n</ul>'
+    summary += f"{_verdict(results.get('verdict'))}\n{_glance(results, kind)}\n"
+    summary += f'<ul class="headline">\n{_headline(results, kind)}\n</ul>'
     sections, contents = [], []
     for split in results["splits"]:
         section, links = _split(evaluation, split, budget, head)
@@ -241,10 +257,45 @@ def _byline(results: dict) -> str:
 def _verdict(verdict: dict | None) -> str:
     if not verdict:
         return ""
-    kind, word = {True: ("better", "Better"), False: ("worse", "Not better")}.get(
-        verdict.get("better"), ("", "Undecided")
+
+    def paragraph(found: dict, more: str = "") -> str:
+        kind, word = {True: ("better", "Better"), False: ("worse", "Not better")}.get(
+            found.get("better"), ("", "Undecided")
+        )
+        return f'<p class="verdict {kind}"><strong>{word}</strong>{escape(found["sentence"])}{more}</p>'
+
+    changes = f"<br>{escape(verdict['changes'])}" if verdict.get("changes") else ""
+    control = paragraph(verdict["control"]) if verdict.get("control") else ""
+    return paragraph(verdict, changes) + control
+
+
+def _glance(results: dict, kind: Kind) -> str:
+    """Truth and cost of every model on the first split, one row each; nothing where no facts are known."""
+    split, content = next(iter(results["splits"].items()))
+    singles = [row for row in content["rows"] if row["selection"] == "single" and row.get("facts")]
+    if not singles:
+        return ""
+    decodings = [name for name in ("nucleus", "greedy", "") if any(row["decoding"] == name for row in singles)]
+    columns = [(decoding, metric) for decoding in decodings for metric in kind.glance]
+    rows = []
+    for name, model in results["models"].items():
+        of = {row["decoding"]: row for row in singles if row["model"] == name}
+        cells = [f'<td class="name">{dot(model)}{escape(name)}</td>']
+        for decoding, metric in columns:
+            entry = of.get(decoding, {"metrics": {}})["metrics"].get(metric, {"value": None})
+            bounds = limits(entry, metric)
+            interval = f"<small>[{bounds[0]}, {bounds[1]}]</small>" if bounds else ""
+            cells.append(cell(entry["value"], number(entry["value"], metric) + interval))
+        seconds = model.get("train_seconds")
+        rows.append(f"<tr>{''.join(cells)}{cell(seconds, count(seconds and round(seconds)))}</tr>")
+    heads = [(" ".join(filter(None, (decoding, metric))), True) for decoding, metric in columns]
+    how = (
+        f"{plural(content['num_images'], kind.item)} of {split}. Truth: of the stated facts the share that is right, "
+        f"in percent{'; coverage: of the facts there the share that is stated' if 'coverage' in kind.glance else ''}; "
+        f"{kind.glance[0]}: the share with at least one false fact."
     )
-    return f'<p class="verdict {kind}"><strong>{word}</strong>{escape(verdict["sentence"])}</p>'
+    head = [("model", False), *heads, ("seconds of finetuning", True)]
+    return f'{table(head, rows)}<p class="how">{escape(how)}</p>'
 
 
 def _headline(results: dict, kind: Kind) -> str:
@@ -376,7 +427,8 @@ def _split(evaluation: Evaluation, split: str, budget: int, head: str) -> tuple[
 
     blocks = {
         "Results": main_table(content["rows"], models, split, kind.calls, kind.item),
-        "Differences": differences_table(content["differences"]),
+        "Facts by kind": facts_table(content["rows"], models),
+        "Differences": differences_table(content["differences"]) + parts_table(content["parts"]),
         "Comparison": _comparison(figure, content["rows"], models),
         "Gain by choosing": gains_table(content["gains"]),
         "Number of candidates": _count_curves(figure, content["count_curves"], models, kind),
@@ -756,6 +808,19 @@ def _candidate(
     return (
         f'<li class="{style}" data-numbers="{escape(json.dumps(numbers))}"><div class="tag">{escape(tag)}</div>'
         f"{images.element(row.get('image'), row['caption'])}"
-        f'<div class="caption">{escape(row["caption"])}</div>'
+        f'<div class="caption">{_marked(row, kind)}</div>'
         f'<div class="values">{escape(chr(10).join(shown))}</div></li>'
     )
+
+
+def _marked(row: dict, kind: Kind) -> str:
+    """A caption with what is false in it struck through; of an image, what of the prompt it does not show."""
+    text, false = row["caption"], [of for of in (row.get("facts") or {}).get("stated", []) if not of[3]]
+    if kind is IMAGES:
+        missing = ", ".join(row.get("prompt", "")[start:end] for _, start, end, _ in false)
+        return escape(text) + (f"<br><s>{escape(missing)}</s>" if missing else "")
+    parts, at = [], 0
+    for fact, start, end, _ in false:
+        parts += [escape(text[at:start]), f'<s title="false {escape(fact)}">{escape(text[start:end])}</s>']
+        at = end
+    return "".join([*parts, escape(text[at:])])

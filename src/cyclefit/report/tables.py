@@ -180,6 +180,65 @@ def _rows(rows: list[dict], models: dict[str, dict], metrics: list[str], costs: 
     return table(headers, lines)
 
 
+def facts_table(rows: list[dict], models: dict[str, dict]) -> str:
+    """Of each kind of fact how often it is stated, and how much of that is right."""
+    rows = [row for row in rows if row.get("facts")]
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row["facts"]))
+    if not kinds:
+        return ""
+    lines, previous = [], None
+    for row in sorted(rows, key=lambda row: list(models).index(row["model"])):
+        first, previous = row["model"] != previous, row["model"]
+        cells = [f'<td class="name">{dot(models[row["model"]])}{escape(row["model"])}</td>']
+        cells += [f'<td class="name">{escape(" ".join(filter(None, (row["decoding"], row["selection"]))))}</td>']
+        for kind in kinds:
+            found = row["facts"].get(kind, {})
+            value = found.get("truth", {}).get("value")
+            stated = found.get("stated", 0.0)
+            cells.append(cell(value, f"{number(value, 'truth')}<small>{stated:.2f} stated</small>"))
+        lines.append(f'<tr class="{"first" if first else ""}">{"".join(cells)}</tr>')
+    return (
+        '<p class="how">How to read this: of the stated facts of a kind the share that is right, in percent; below it '
+        "how many are stated on average.</p>"
+        + table([("model", False), ("decoding", False), *[(kind, True) for kind in kinds]], lines)
+    )
+
+
+def parts_table(parts: list[dict]) -> str:
+    """Differences taken apart by kind of fact and by length."""
+    if not parts:
+        return ""
+    lines = []
+    for entry in parts:
+        names = [name for name in ("coverage", "truth") if any(name in of for of in entry["kinds"].values())]
+        for kind, of in entry["kinds"].items():
+            cells = [f'<td class="name">{escape(text)}</td>' for text in (entry["a"], entry["b"], kind)]
+            cells.append(cell(of["a_stated"], f"{of['b_stated']:.2f} → {of['a_stated']:.2f}"))
+            for name in ("coverage", "truth"):
+                found = of.get(name) if name in names else None
+                cells.append(_from_to(found) if found else cell(None, NONE))
+            lines.append(f"<tr>{''.join(cells)}</tr>")
+        if words := entry.get("words"):
+            cells = [f'<td class="name">{escape(text)}</td>' for text in (entry["a"], entry["b"], "words")]
+            told = cell(words["a_value"], f"{words['b_value']:.1f} → {words['a_value']:.1f}")
+            lines.append(f"<tr>{''.join(cells)}{told}{cell(None, NONE) * 2}</tr>")
+    headers = [("a", False), ("b", False), ("what", False), ("stated, b → a", True)]
+    return (
+        '<p class="how">How to read this: each comparison taken apart by kind of fact and by length. Stated: facts (or '
+        "words) on average; rightly: of the facts there the share that is stated; right: of those stated; b → a, with "
+        "the 95% interval of the difference.</p>"
+        + table([*headers, ("rightly, b → a", True), ("right, b → a", True)], lines)
+    )
+
+
+def _from_to(entry: dict) -> str:
+    if entry["value"] is None:
+        return cell(None, NONE)
+    low, high = limits(entry, "truth")
+    values = f"{number(entry['b_value'], 'truth')} → {number(entry['a_value'], 'truth')}"
+    return cell(entry["value"], f"{values}<small>[{low}, {high}]</small>")
+
+
 def differences_table(differences: list[dict]) -> str:
     """Paired differences, each read out in words."""
     if not differences:
