@@ -21,7 +21,7 @@ from cyclefit.data.read import latents_source
 from cyclefit.generators import Generator
 from cyclefit.judges import Partners
 from cyclefit.loading import half_on_gpu
-from cyclefit.metrics.aggregation import CaptionMetrics
+from cyclefit.metrics.aggregation import CaptionMetrics, FactMetrics
 from cyclefit.ranges import OPTIMIZER, BelowOne, Count, Natural, Positive, Seed, Share, check, checked
 from cyclefit.rerank import sample_seed
 from cyclefit.scorers import Scorer
@@ -263,7 +263,7 @@ class CaptionerFinetune(Finetune):
         self.cycle = cycle
         self.round_trip_images = round_trip_images
         self.decoding = Decoding(max_new_tokens=max_new_tokens)
-        self.caption_metrics = CaptionMetrics()
+        self.caption_metrics, self.fact_metrics = CaptionMetrics(), FactMetrics()
         self.image_similarity = MeanMetric()
 
     @property
@@ -318,6 +318,7 @@ class CaptionerFinetune(Finetune):
         seeds = [sample_seed(key) for key in batch.keys]
         captions = [row[0] for row in self.captioner.sample(batch.images, self.decoding, seeds)]
         self.caption_metrics.update(captions, batch.references)
+        self.fact_metrics.update(captions, batch.facts)
         room = self.round_trip_images - len(self._samples)
         if room <= 0 or self.generator is None or self.scorer is None:
             return
@@ -331,10 +332,12 @@ class CaptionerFinetune(Finetune):
             self._samples.append(Sample(images[i].cpu(), drawn[i].cpu(), texts))
 
     def validation_results(self) -> dict[str, Tensor]:
-        """Caption metrics of the greedy captions, image similarity of the round trip."""
+        """Caption metrics and truth of the greedy captions, image similarity of the round trip."""
         scores = self.caption_metrics.compute()
         self.caption_metrics.reset()
         results = {name: scores[name] for name in ("CIDEr", "CIDEr-D", "BLEU-4", "ROUGE-L", "words")}
+        results |= self.fact_metrics.compute()
+        self.fact_metrics.reset()
         if self.round_trip_images and self.generator is not None and self.scorer is not None:
             results[f"image_similarity/{self.scorer.label}"] = self.image_similarity.compute()
             self.image_similarity.reset()

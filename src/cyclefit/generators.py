@@ -69,25 +69,14 @@ class Generator(nn.Module, ABC):
         """Standard normal noise of `shape` for each seed, on the model's device."""
 
     @abstractmethod
-    def unconditional(
-        self, latents: Float[Tensor, "b c h w"], timesteps: Int[Tensor, "b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """The prediction for noised latents under the empty caption."""
-
-    @abstractmethod
     def errors(
         self,
         latents: Float[Tensor, "b c h w"],
         conditioning: Float[Tensor, "b n d"],
         timesteps: Int[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
-        unconditional: Float[Tensor, "b c h w"] | None = None,
-        guidance_scale: float = 1.0,
     ) -> Float[Tensor, "b"]:
         """Denoising error || target - prediction(z_t, t, c) ||^2, averaged over the latent's elements.
-
-        With `unconditional`, the prediction under the empty caption, the error of the guided prediction, unconditional
-        + guidance_scale (conditional - unconditional).
 
         The target is eps, or v = alpha_t eps - sigma_t z_0 where the scheduler says v-prediction (Salimans and Ho,
         ICLR 2022). Carries gradient into the conditioning and into whatever of the denoiser is trained.
@@ -374,23 +363,12 @@ class StableDiffusion(Generator):
         conditioning: Float[Tensor, "b n d"],
         timesteps: Int[Tensor, "b"],
         noise: Float[Tensor, "b c h w"],
-        unconditional: Float[Tensor, "b c h w"] | None = None,
-        guidance_scale: float = 1.0,
     ) -> Float[Tensor, "b"]:
         """Denoising error averaged over the latent's elements, against eps or v as the scheduler says."""
         predicted = self.predict(self.noised(latents, timesteps, noise), timesteps, conditioning)
-        if unconditional is not None:
-            predicted = unconditional + guidance_scale * (predicted - unconditional)
         if self.predicts_velocity:
             noise = self._at(self.alphas, timesteps) * noise - self._at(self.sigmas, timesteps) * latents
         return (noise - predicted).square().mean((1, 2, 3))
-
-    def unconditional(
-        self, latents: Float[Tensor, "b c h w"], timesteps: Int[Tensor, "b"], noise: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b c h w"]:
-        """The prediction under the empty caption."""
-        empty = self._unconditional().expand(len(latents), -1, -1)
-        return self.predict(self.noised(latents, timesteps, noise), timesteps, empty)
 
     def snr(self, timesteps: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
         """Signal-to-noise ratio alpha_t^2 / sigma_t^2."""

@@ -58,7 +58,7 @@ class Judge(ABC):
 
         """
 
-    def cost(self, partners: Partners, num_candidates: float) -> dict[str, float]:
+    def cost(self, partners: Partners, num_candidates: int) -> dict[str, int]:
         """Generated images and denoiser calls per image, for `num_candidates` different captions."""
         return {"generator_calls": 0, "denoiser_calls": 0}
 
@@ -100,8 +100,13 @@ class Regeneration(Judge):
     """Compares the images; the partners' if None."""
     euclidean: bool = False
     """Score by the negative Euclidean distance of embeddings as they are, not by the cosine."""
+    latents: bool = False
+    """Score by the negative Euclidean distance of the generator's own latents of both images, without a scorer."""
 
-    needs = ("generator", "scorer")
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The generator, and the scorer unless it compares latents or has one of its own."""
+        return ("generator",) if self.latents or self.scorer is not None else ("generator", "scorer")
 
     def check(self, partners: Partners) -> None:
         """Its steps against the generator's timesteps."""
@@ -112,8 +117,7 @@ class Regeneration(Judge):
         """Cosine similarities, in [-1, 1], or negative distances."""
         self.check(partners)
         pairs, index = distinct(candidates)
-        scorer = self.scorer or partners.scorer
-        source = scorer.embed_images(images, normalize=not self.euclidean)[[i for i, _ in pairs]]
+        source = self._embedded(partners, images)[[i for i, _ in pairs]]
         similarities = 0
         for repeat in range(self.num_regenerations):
             drawn = partners.generator.generate(
@@ -122,12 +126,17 @@ class Regeneration(Judge):
                 steps=self.steps,
                 guidance_scale=self.guidance_scale,
             )
-            embedded = scorer.embed_images(drawn, normalize=not self.euclidean)
-            alike = -(source - embedded).norm(dim=-1) if self.euclidean else (source * embedded).sum(-1)
+            embedded, distant = self._embedded(partners, drawn), self.euclidean or self.latents
+            alike = -(source - embedded).norm(dim=-1) if distant else (source * embedded).sum(-1)
             similarities = similarities + alike
         return (similarities / self.num_regenerations)[torch.tensor(index, device=source.device)]
 
-    def cost(self, partners, num_candidates) -> dict[str, float]:
+    def _embedded(self, partners: Partners, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        if self.latents:
+            return partners.generator.encode_images(images).flatten(1)
+        return (self.scorer or partners.scorer).embed_images(images, normalize=not self.euclidean)
+
+    def cost(self, partners, num_candidates) -> dict[str, int]:
         """One generated image per candidate and regeneration."""
         images = num_candidates * self.num_regenerations
         calls = partners.generator.calls_per_image(self.steps, self.guidance_scale)
@@ -144,19 +153,17 @@ class Denoising(Judge):
     Timesteps and noise are shared by all candidates of an image and by the images contrasted. The plain error likes
     short, safe captions, the full contrast long ones; in between, length stays what it was.
 
-    With a `guidance_scale` s below 1 the error is that of eps_u + s (eps_c - eps_u), eps_u the prediction under the
-    empty caption, one call for all captions of an image. With r = eps - eps_u and d = eps_c - eps_u it is
-    |r|^2 - 2 s <r, d> + s^2 |d|^2: what a right detail explains weighs more against what a wrong one costs, the smaller
-    s, as by contrast, for half the calls or less and without the noise of other images.
+    With `log` -E[log err], each error's logarithm: up to a factor the log-likelihood of the noise as a Gaussian whose
+    variance is unknown and estimated (the profile likelihood), where the plain error is that of a known variance. What
+    a detail explains counts by its share of the error that is left.
     """
 
     num_others: Natural = 0
     contrast: NonNegative = 1.0
     min_timestep: Natural = 0
     max_timestep: Count = 1000
-    guidance_scale: Positive = 1.0
     log: bool = False
-    """Score by -E[log err]: what a detail explains counts by its share of the error that is left."""
+    """Score by the logarithm of the errors."""
     num_timesteps: Count = 4
     """Timesteps per caption, in equal parts of [min_timestep, max_timestep]: the middle of each."""
     batch_size: Count = 256
@@ -204,21 +211,15 @@ class Denoising(Judge):
         total = torch.zeros(len(pairs), device=device)
         for t in ((edges[1:] + edges[:-1]) / 2).long().tolist():
             for sign, z in zip(signs, latents, strict=True):
-                empty = None
-                if self.guidance_scale != 1:
-                    empty = generator.unconditional(z, torch.full((len(z),), t, device=device), noise)
                 for part in torch.arange(len(pairs), device=device).split(self.batch_size):
                     timesteps = torch.full((len(part),), t, device=device)
-                    of = rows[part]
-                    guided = (empty[of], self.guidance_scale) if empty is not None else ()
-                    errors = generator.errors(z[of], conditioning[part], timesteps, noise[of], *guided)
+                    errors = generator.errors(z[rows[part]], conditioning[part], timesteps, noise[rows[part]])
                     total[part] += sign * (errors.log() if self.log else errors) / self.num_timesteps
         return total[torch.tensor(index, device=device)]
 
-    def cost(self, partners, num_candidates) -> dict[str, float]:
-        """One denoiser call per caption, timestep and image contrasted, and one without a caption if guided."""
-        calls = num_candidates + (self.guidance_scale != 1)
-        return {"generator_calls": 0, "denoiser_calls": calls * self.num_timesteps * (1 + self.num_others)}
+    def cost(self, partners, num_candidates) -> dict[str, int]:
+        """One denoiser call per caption, timestep and image contrasted."""
+        return {"generator_calls": 0, "denoiser_calls": num_candidates * self.num_timesteps * (1 + self.num_others)}
 
 
 @checked
@@ -267,7 +268,7 @@ class Sum(Judge):
             total = total + weight * around / (around.square().mean().sqrt() + 1e-12)
         return total
 
-    def cost(self, partners, num_candidates) -> dict[str, float]:
+    def cost(self, partners, num_candidates) -> dict[str, int]:
         """Of all together."""
         costs = [judge.cost(partners, num_candidates) for judge in self.judges]
         return {name: sum(cost[name] for cost in costs) for name in costs[0]}

@@ -60,7 +60,7 @@ from cyclefit.scorers import Scorer
 JUDGES = {
     "image cycle": Regeneration(),
     "denoising": Denoising(),
-    "contrastive": Denoising(num_others=2, contrast=0.5),
+    "log denoising": Denoising(log=True),
     "image-text": ImageText(),
 }
 """By the name of their rows in the table."""
@@ -225,7 +225,7 @@ def _sampling(generator: Generator) -> dict:
 
 def _num_others(judges: dict[str, Judge]) -> int:
     """How many other images the judges contrast an image with, at most."""
-    return max((judge.num_others for judge in judges.values() if isinstance(judge, Denoising)), default=0)
+    return max((judge.num_others for judge in judges.values()), default=0)
 
 
 def _evaluate(table, split, model, captioner, partners, plan, stream, limit, seed, fabric) -> None:
@@ -353,7 +353,7 @@ def _results(table: Rows, references, models, judges, partners) -> tuple[dict, d
         texts = [[row["caption"] for row in candidates] for candidates in pool]
         rows[-1]["metrics"]["self-BLEU"] = {"value": float(self_bleu(texts).mean())}
         different = float(np.mean([len({row["caption"] for row in candidates}) for candidates in pool]))
-        costs = {name: judge.cost(partners, different) for name, judge in judges.items()}
+        costs = {name: {k: v * different for k, v in judge.cost(partners, 1).items()} for name, judge in judges.items()}
         if SUM in pool[0][0]["scores"]:
             costs[SUM] = costs["image cycle"]
             seconds[SUM] = seconds["image cycle"] + seconds["image-text"]

@@ -1,4 +1,4 @@
-"""Caption metrics as a torchmetrics Metric, aggregated over ranks."""
+"""Caption metrics and facts as torchmetrics Metrics, aggregated over ranks."""
 
 import json
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from cyclefit.metrics.captions import (
     describe,
     tokenize,
 )
+from cyclefit.metrics.facts import check
 
 
 class CaptionMetrics(Metric):
@@ -72,3 +73,34 @@ class CaptionMetrics(Metric):
     def describe(self) -> dict[str, str]:
         """What the metrics depend on, for the head of a table: tokenizer and document frequencies."""
         return describe(self.document_frequencies, tokenizer=self.tokenizer)
+
+
+class FactMetrics(Metric):
+    """Truth, coverage and false captions in percent, as `cyclefit.metrics.facts.summarize`, over all ranks' samples.
+
+    Samples whose facts are not known (None) do not count.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    sums: torch.Tensor
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Right and stated facts, covered facts and those there, false captions and all.
+        self.add_state("sums", default=torch.zeros(6, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, captions: Sequence[str], facts: Sequence[dict | None] | None) -> None:
+        """Adds captions of images with these facts."""
+        for caption, of in zip(captions, facts or (), strict=bool(facts)):
+            if of is not None:
+                found = check(caption, of)
+                counts = [*found.counts()["truth"], *found.counts()["coverage"], found.false, 1]
+                self.sums += torch.tensor(counts, device=self.sums.device)
+
+    def compute(self) -> dict[str, float]:
+        """The shares of something; empty where no facts are known."""
+        parts = self.sums.tolist()
+        names = ("truth", "coverage", "false_captions")
+        return {name: 100 * parts[2 * i] / parts[2 * i + 1] for i, name in enumerate(names) if parts[2 * i + 1]}

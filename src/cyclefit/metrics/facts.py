@@ -224,14 +224,15 @@ def _background(words: list[str], i: int) -> tuple[int, int] | None:
 def check_scene(caption: str, facts: dict) -> FactCheck:
     """A caption against a scene, under the assignment of its mentions to things that makes most of it right.
 
-    Every mention is of another thing; one that is left over states nothing that is right. A relation is right if both
-    its things stand so. Of two things, a place is right for the one that stands there, and covers nothing.
+    Of several, the one with most shapes right. Every mention is of another thing; one that is left over states nothing
+    that is right. A relation is right if both its things stand so. Of two things, a place is right for the one that
+    stands there, and covers nothing.
     """
     reading, things = read_scene_caption(caption), facts["things"]
     there = Counter(kind for thing in things for kind in thing)
     there += Counter(name for name in ("place", "relation", "background") if name in facts)
     checks = (_under(reading, facts, assigned) for assigned in _assignments(len(reading.mentions), len(things)))
-    best = max(checks, key=lambda check: sum(statement.right for statement in check.stated))
+    best = max(checks, key=lambda check: [check.counts(kind)["truth"][0] for kind in (None, "shape")])
     best.there = there
     best.stated.sort(key=lambda statement: statement.start)
     return best

@@ -111,6 +111,34 @@ def seed_interval(matrix: ArrayLike, n: int = 2000, seed: int = 0, level: float 
     return float(matrix.mean()), *_percentiles(np.concatenate(means), level)
 
 
+def seed_ratio_interval(
+    parts: ArrayLike,
+    wholes: ArrayLike,
+    others: tuple[ArrayLike, ArrayLike] | None = None,
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """sum(parts) / sum(wholes) of (seeds, images) with its interval over both levels: (ratio, low, high).
+
+    Resampled as by `seed_interval`. With `others`, parts and wholes of a second method on the same images and as many
+    seeds, the difference of the two ratios, every resample being the same for both.
+    """
+    sides = [tuple(_checked(m, 2, "The matrix of counts") for m in side) for side in ((parts, wholes), others) if side]
+    seeds, images = sides[0][0].shape
+    random = np.random.default_rng(seed)
+    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=n)
+    by_image = random.multinomial(images, np.full(images, 1 / images), size=n)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = [np.divide(*(np.einsum("ri,ri->r", by_seed @ m, by_image) for m in side)) for side in sides]
+        values = [np.divide(*(m.sum() for m in side)) for side in sides]
+    resampled = ratios[0] - ratios[1] if others else ratios[0]
+    value = float(values[0] - values[1] if others else values[0])
+    if not np.isfinite(value):
+        return (float("nan"),) * 3
+    return value, *_percentiles(resampled[np.isfinite(resampled)], level)
+
+
 def trend(matrix: ArrayLike, n: int = 2000, seed: int = 0, level: float = 0.95) -> tuple[float, float, float, float]:
     """Mean slope of scores (samples, ranks) along their ranks 1, 2, ..., per rank: (slope, low, high, p).
 

@@ -102,7 +102,7 @@ def hard_negatives(folder: Path, split: str, seed: int) -> dict[str, dict[str, f
         "CLIP image-text (the control)": of_judge(ImageText(), clip),
         "held-out CLIP": of_judge(ImageText(), held_out),
         "denoising error": of_judge(Denoising(), clip),
-        "denoising error, guidance 0.5, 2 timesteps": of_judge(Denoising(guidance_scale=0.5, num_timesteps=2), clip),
+        "log denoising error, 2 timesteps": of_judge(Denoising(log=True, num_timesteps=2), clip),
         "contrastive, 2 others, contrast 0.5": of_judge(Denoising(num_others=2, contrast=0.5), clip),
         "the captioner's own likelihood": of_captioner(Blip(str(folder / "blip"))),
     }

@@ -1,11 +1,12 @@
-"""The study behind docs/results.md: every image cycle against plain finetuning on the miniature world, over seeds.
+"""The study behind docs/results.md: image cycles against plain finetuning and the image-text control, over seeds.
 
-`python -m cyclefit.miniature.study` chooses each cycle's weight on validation with a seed of its own, finetunes with
-every other seed through `train.py`, captions the test and novel splits, reranks the base model, and writes the tables.
-Runs that are complete are not repeated.
+`python -m cyclefit.miniature.study` finetunes with every variant and seed through `train.py`, captions the test and
+novel splits, holds every caption against the facts of its image, reranks the base model, and writes the tables. Runs
+that are complete are not repeated. Settings were chosen on validation with another seed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -23,50 +24,45 @@ from cyclefit.captioners import Blip, Decoding
 from cyclefit.data import evaluation_batches
 from cyclefit.loading import freeze
 from cyclefit.metrics.captions import CaptionScorer
-from cyclefit.metrics.statistics import seed_interval
+from cyclefit.metrics.facts import KINDS, FactCheck, check
+from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
 from cyclefit.miniature import WEIGHTS
 from cyclefit.rerank import sample_seed
 from cyclefit.runs import load_run
+from cyclefit.scorers import OpenClip
 
+PLAIN, CONTROL, SOFT = "miniature_blip.yaml", "miniature_control_blip.yaml", "miniature_cycle_blip.yaml"
 REWARD = "miniature_cycle_blip_reward.yaml"
-SOFT = "miniature_cycle_blip.yaml"
 EVALUATION = "miniature_evaluate.yaml"
-FREE = ["--model.cycle.kl_weight=0"]
-"""Only the contrast makes captions grow without end."""
-REGENERATION = ["--model.cycle.reward=cyclefit.judges.Regeneration", "--model.cycle.reward.steps=5"]
-REGENERATION += ["--model.cycle.reward.guidance_scale=3.0", *FREE]
-VARIANTS: dict[str, tuple[str, list[str], list[float]]] = {
-    # name: (config, overrides, weights to choose from; the first is taken where no choice is made)
-    "plain": ("miniature_blip.yaml", [], []),
-    "contrastive denoising": (REWARD, [], [0.5, 1.0]),
-    "regeneration": (REWARD, REGENERATION, [0.5]),
-    "image-text": (REWARD, ["--model.cycle.reward=cyclefit.judges.ImageText", *FREE], [0.5, 1.0]),
-    "denoising error": (REWARD, ["--model.cycle.reward.num_others=0", *FREE], [0.5]),
-    "soft, teacher-forced": (SOFT, [], [10.0, 1.0]),
-    "straight-through, teacher-forced": (SOFT, ["--model.cycle.form=straight-through"], [10.0, 1.0]),
-    "straight-through, sampled": (
+J = "--model.cycle.reward"
+ERROR = [f"{J}.log=false"]
+REGENERATION = [f"{J}=cyclefit.judges.Regeneration", f"{J}.steps=5", f"{J}.guidance_scale=3.0"]
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    # name: (config, overrides)
+    "plain": (PLAIN, []),
+    "image-text": (CONTROL, []),
+    "log denoising": (REWARD, []),
+    "denoising error": (REWARD, ERROR),
+    "contrastive denoising": (REWARD, [*ERROR, f"{J}.num_timesteps=4", f"{J}.num_others=1", f"{J}.contrast=0.5"]),
+    "regeneration": (REWARD, REGENERATION),
+    "regeneration, latents": (REWARD, [*REGENERATION, f"{J}.latents=true"]),
+    "log denoising + image-text": ("miniature_cycle_blip_sum.yaml", []),
+    "soft captions": (SOFT, []),
+    "soft captions, contrast, straight-through, sampled": (
         SOFT,
-        ["--model.cycle.form=straight-through", "--model.cycle.captions=sampled"],
-        [10.0, 1.0],
+        ["--model.cycle.form=straight-through", "--model.cycle.captions=sampled", "--model.cycle.contrastive=true"],
     ),
-    "best of 10, image cycle": ("miniature_blip.yaml", [], []),
-    "best of 10, contrastive": ("miniature_blip.yaml", [], []),
 }
-"""Finetuning on the best of ten is plain finetuning on the captions that the judge chose from the base model's."""
-CHOOSING_SEED = 1000
 
 
-def train_run(folder: Path, name: str, config: str, overrides: list[str], weight: float | None, seed: int) -> Path:
+def train_run(folder: Path, name: str, config: str, overrides: list[str], seed: int) -> Path:
     """One run of `train.py` in a process of its own on one thread; nothing where it is already complete."""
     run = folder / name
     if (run / "seconds.txt").exists():
         return run
     command = [sys.executable, "train.py", "--config", config, "--runs", str(folder), "--name", name, *overrides]
     command += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}", "--group=study"]
-    command += ["--trainer.val_check_interval=100", "--trainer.enable_progress_bar=false"]
-    command += ["--trainer.enable_model_summary=false"]
-    if weight is not None:
-        command.append(f"--model.cycle.weight={weight}")
+    command += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     command += ["--ckpt_path", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
     start = time.perf_counter()
@@ -85,45 +81,9 @@ def evaluate(direction: str, out: Path, config: str, runs: list[Path], shards: d
     return out
 
 
-def best_of(variant: str, direction: str, pool: Path, out: Path, *more: str) -> Path:
-    """The shards of a variant named `best of N, JUDGE` from the candidates of `pool`."""
-    if not (out / "manifest.json").exists():
-        command = [sys.executable, "-m", "cyclefit.data", "best-of", "--evaluation", str(pool), "--split", "finetune"]
-        command += ["--judge", variant.partition(", ")[2], "--direction", direction, "--out", str(out), *more]
-        subprocess.run(command, check=True)
-    return out
-
-
 def slug(variant: str) -> str:
     """A variant's name as part of a folder's."""
     return re.sub(r"[^\w.]+", "-", variant)
-
-
-def scored(run: Path, data: Path, split: str) -> dict:
-    """`per_image` of a finished run on one split; kept in the run's folder."""
-    path = run / f"captions-{split}.json"
-    if not path.exists():
-        path.write_text(json.dumps(per_image(freeze(load_run(run)[0]), data / split)))
-    return json.loads(path.read_text())
-
-
-@torch.no_grad()
-def per_image(captioner, split: Path, samples: int = 4) -> dict[str, dict[str, list[float]]]:
-    """CIDEr and length per image of a split: of one greedy caption, and the mean over `samples` nucleus samples."""
-    texts, references = {"greedy": [], "nucleus": []}, []
-    decodings = {"greedy": Decoding(), "nucleus": Decoding("nucleus", samples)}
-    for batch in evaluation_batches(str(split), image_size=32, batch_size=100):
-        seeds = [sample_seed(key) for key in batch.keys]
-        for name, decoding in decodings.items():
-            texts[name] += captioner.sample(batch.images, decoding, seeds)
-        references += batch.references
-    scorer, result = CaptionScorer(references), {}
-    for name, rows in texts.items():
-        flat, images = zip(*[(text, i) for i, row in enumerate(rows) for text in row], strict=True)
-        cider = scorer.score(list(flat), list(images))["CIDEr"].reshape(len(rows), -1).mean(1)
-        words = [np.mean([len(text.split()) for text in row]) for row in rows]
-        result[name] = {"CIDEr": cider.round(4).tolist(), "words": words}
-    return result
 
 
 def together(jobs: list, title: str) -> list:
@@ -137,136 +97,222 @@ def together(jobs: list, title: str) -> list:
         return [future.result() for future in futures]
 
 
+@torch.no_grad()
+def captioned(captioner, split: Path) -> dict[str, list[str]]:
+    """One greedy and one nucleus caption of each image of a split, in its order."""
+    texts = {"greedy": [], "nucleus": []}
+    for batch in evaluation_batches(str(split), image_size=32, batch_size=100):
+        seeds = [sample_seed(key) for key in batch.keys]
+        for name, decoding in (("greedy", Decoding()), ("nucleus", Decoding("nucleus"))):
+            texts[name] += [row[0] for row in captioner.sample(batch.images, decoding, seeds)]
+    return texts
+
+
+def captions_of(run: Path, data: Path, split: str) -> dict[str, list[str]]:
+    """`captioned` of a finished run on one split; kept in the run's folder."""
+    path = run / f"captions-{split}.json"
+    if not path.exists():
+        path.write_text(json.dumps(captioned(freeze(load_run(run)[0]), data / split)))
+    return json.loads(path.read_text())
+
+
+class Measures:
+    """What is measured of captions of a split."""
+
+    def __init__(self, split: Path):
+        batches = list(evaluation_batches(str(split), image_size=32, batch_size=100))
+        self.facts = [facts for batch in batches for facts in batch.facts]
+        self.cider = CaptionScorer([captions for batch in batches for captions in batch.references])
+        self.scorer = OpenClip(str(WEIGHTS / "clip-heldout"))
+        with torch.no_grad():
+            self.images = torch.cat([self.scorer.embed_images(batch.images) for batch in batches])
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str]) -> dict:
+        """Of one caption for each image, in the split's order: its FactCheck, and numbers by name."""
+        similarity = (self.scorer.embed_texts(texts) * self.images).sum(1).tolist()
+        return {
+            "checks": [check(text, facts) for text, facts in zip(texts, self.facts, strict=True)],
+            "CIDEr": self.cider.score(texts, list(range(len(texts))))["CIDEr"].tolist(),
+            "words": [len(text.split()) for text in texts],
+            "held-out similarity": similarity,
+        }
+
+
+def counts(runs: list[dict], what: str, kind: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Parts and wholes (seeds, images) of `truth`, `coverage` or `false captions`."""
+
+    def of(one: FactCheck) -> tuple[int, int]:
+        return (int(one.false), 1) if what == "false captions" else one.counts(kind)[what]
+
+    found = np.array([[of(one) for one in run["checks"]] for run in runs], dtype=float)
+    return found[..., 0], found[..., 1]
+
+
+def share(runs: list[dict], what: str, kind: str | None = None) -> str:
+    """In percent, over all seeds and images."""
+    parts, wholes = counts(runs, what, kind)
+    return f"{100 * parts.sum() / wholes.sum():.1f}" if wholes.any() else "-"
+
+
+def against(runs: list[dict], others: list[dict], what: str, kind: str | None = None) -> str:
+    """The difference in percentage points with its interval."""
+    number = min(len(runs), len(others))
+    value = seed_ratio_interval(*counts(runs[:number], what, kind), counts(others[:number], what, kind))
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in value))
+
+
+def difference(runs: list[dict], others: list[dict], what: str, places: int = 1) -> str:
+    """The difference of a number's means with its interval."""
+    number = min(len(runs), len(others))
+    matrix = np.array([run[what] for run in runs[:number]]) - np.array([run[what] for run in others[:number]])
+    return "{:+.{p}f} [{:+.{p}f}, {:+.{p}f}]".format(*seed_interval(matrix), p=places)
+
+
+def of_equal_length(runs: list[dict], others: list[dict]) -> tuple[list[dict], list[dict], int]:
+    """Both sides' captions of the images on which their lengths differ by a word at most, and how many they are.
+
+    Checks of the other images count nothing.
+    """
+    kept = ([], [])
+    number = 0
+    for run, other in zip(runs, others, strict=False):
+        near = np.abs(np.array(run["words"]) - np.array(other["words"])) <= 1
+        number += int(near.sum())
+        for side, of in zip(kept, (run, other), strict=True):
+            side.append({"checks": [c if n else FactCheck() for c, n in zip(of["checks"], near, strict=True)]})
+    return *kept, number
+
+
+def tabulate(results: dict[str, dict], seconds: dict[str, float], calls: dict[str, float]) -> str:
+    """The study as Markdown: by split and decoding truth, coverage, false captions and what they cost."""
+    lines = []
+    for split, by_decoding in results.items():
+        for decoding, found in by_decoding.items():
+            some = next(iter(found.values()))
+            lines += ["", f"One {decoding} caption on {split}, {len(some[0]['checks'])} images:", ""]
+            heads = ["finetuning", "seeds", "false captions %", "truth %", "coverage %", "CIDEr", "words"]
+            heads += ["held-out similarity", "s per run", "denoiser calls per step"]
+            lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+            for name, runs in found.items():
+                cells = [share(runs, what) for what in ("false captions", "truth", "coverage")]
+                cells += [f"{np.mean([run[w] for run in runs]):.{p}f}" for w, p in
+                          (("CIDEr", 1), ("words", 1), ("held-out similarity", 3))]  # fmt: skip
+                cells += [f"{seconds[name]:.0f}" if name in seconds else "", f"{calls.get(name, 0):.0f}"]
+                lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
+            lines += ["", f"Right of those stated, in percent (stated per caption), {decoding}, {split}:", ""]
+            kinds = KINDS[:-1]
+            lines += [f"| finetuning | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
+            for name, runs in found.items():
+                cells = [f"{share(runs, 'truth', k)} ({counts(runs, 'truth', k)[1].mean():.2f})" for k in kinds]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+            for other in ("plain", "image-text"):
+                if other not in found:
+                    continue
+                lines += ["", f"Against {other}, percentage points with 95 % intervals over seeds and images:", ""]
+                kinds = ("size", "relation")
+                heads = ["finetuning", "false captions", "truth", "coverage"]
+                heads += [f"{what} of {kind}s" for kind in kinds for what in ("truth", "coverage")]
+                heads += ["CIDEr", "truth at equal length", "coverage at equal length"]
+                lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+                for name, runs in found.items():
+                    if name in (other, "before finetuning"):
+                        continue
+                    others = found[other]
+                    cells = [against(runs, others, what) for what in ("false captions", "truth", "coverage")]
+                    cells += [against(runs, others, what, k) for k in kinds for what in ("truth", "coverage")]
+                    cells.append(difference(runs, others, "CIDEr"))
+                    *sides, number = of_equal_length(runs, others)
+                    cells += [f"{against(*sides, w)} (n = {number})" for w in ("truth", "coverage")] if number else []
+                    lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def tabulate_reranking(metrics: dict) -> str:
+    """The base model reranked by each judge, as Markdown."""
+    lines = ["", "The base model, the best of its candidates by each judge:", ""]
+    heads = ["split", "decoding", "false captions %", "truth %", "coverage %", "CIDEr", "words", "denoiser calls"]
+    lines += [f"| {' | '.join([*heads, 's per image'])} |", "| --- " * (len(heads) + 1) + "|"]
+    for split, result in metrics["splits"].items():
+        for row in (row for row in result["rows"] if row["model"] == "base"):
+            single = row["selection"] == "single"
+            names = ("false captions", "truth", "coverage", "CIDEr", "words")
+            cells = [f"{row['metrics'][name]['value']:.1f}" for name in names]
+            cells += [f"{row['denoiser_calls']:.0f}", f"{row['seconds']:.2f}"]
+            name = row["decoding"] if single else f"best by {row['selection']}"
+            lines.append(f"| {split} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def curve(runs: dict[str, list[Path]]) -> str:
+    """Validation's greedy truth and coverage by step and by seconds of training, means over seeds, as Markdown."""
+    lines = ["", "Greedy captions of validation over the time of training (validation not counted):", ""]
+    lines += ["| finetuning | step | seconds | truth % | coverage % |", "| --- | --- | --- | --- | --- |"]
+    for name, folders in runs.items():
+        logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in folders]
+        measured = [{row["step"]: row for row in log if "val/coverage" in row} for log in logs]
+        seconds = [_step_seconds(log) for log in logs]
+        for step in sorted(set.intersection(*(set(of) for of in measured))):
+            means = (np.mean([of[step][f"val/{what}"] for of in measured]) for what in ("truth", "coverage"))
+            cells = [f"{np.mean(seconds) * (step + 1):.0f}", *(f"{mean:.1f}" for mean in means)]
+            lines.append(f"| {name} | {step + 1} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _step_seconds(log: list[dict]) -> float:
+    """The median seconds of a step between two logged ones, which leaves validation out."""
+    logged = [row for row in log if "train/loss" in row]
+    pairs = [(a, b) for a, b in itertools.pairwise(logged) if b["step"] > a["step"]]
+    return float(np.median([(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairs]))
+
+
 def main() -> None:
-    """Runs the study and writes `study.json` and `table.md` into --out."""
+    """Runs the study and writes `table.md` into --out."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--data", type=Path, default=Path("data/miniature"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--choose", action=argparse.BooleanOptionalAction, default=True, help="weights, on validation")
     arguments = parser.parse_args()
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    splits, train = ("test", "novel"), arguments.data / "finetune"
-    chosen = {}
-    for name in (name for name in arguments.variants if name.startswith("best of")):
-        pool = out / "pool"
-        if not (pool / "metrics.json").exists():
-            evaluate("captions", pool, EVALUATION, [], {"finetune": train}, 10)
-        chosen[name] = best_of(name, "captions", pool, out / slug(name), f"--shards={train}")
 
-    def job(name: str, weight: float | None, seed: int, prefix: str = "", suffix: str = ""):
-        config, overrides, _ = VARIANTS[name]
+    def job(name: str, seed: int):
+        config, overrides = VARIANTS[name]
         overrides = [*overrides, "--model.round_trip_images=0"]
-        overrides += [f"--data.train={chosen[name]}"] if name in chosen else []
-        folder = f"{prefix}{slug(name)}-{suffix or seed}"
-        return lambda: train_run(out, folder, config, overrides, weight, seed)
 
-    weights = {name: (VARIANTS[name][2] or [None])[0] for name in arguments.variants}
-    choices: dict[str, dict[float, float]] = {}
-    if arguments.choose:
-        grid = [(name, weight) for name in arguments.variants for weight in VARIANTS[name][2]]
-        jobs = [job(name, weight, CHOOSING_SEED, "choose-", str(weight)) for name, weight in grid]
-        runs = together(jobs, "choosing weights on validation")
-        for (name, weight), run in zip(grid, runs, strict=True):
-            found = scored(run, arguments.data, "validation")["nucleus"]["CIDEr"]
-            choices.setdefault(name, {})[weight] = float(np.mean(found))
-        weights |= {name: max(found, key=found.get) for name, found in choices.items()}
+        def run() -> Path:
+            made = train_run(out, f"{slug(name)}-{seed}", config, overrides, seed)
+            for split in ("test", "novel"):
+                captions_of(made, arguments.data, split)
+            return made
 
-    pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
-    together([job(name, weights[name], seed) for name, seed in pairs], "finetuning")
-    shown = [out / f"{slug(name)}-0" for name in ("plain", "contrastive denoising") if name in weights]
-    evaluate("captions", out / "evaluation", EVALUATION, shown, {split: arguments.data / split for split in splits}, 10)
-    metrics = json.loads((out / "evaluation" / "metrics.json").read_text())
-    results, seconds = {}, {}
-    base = Blip(str(WEIGHTS / "blip"))
-    results["before finetuning"] = {split: [per_image(base, arguments.data / split)] for split in splits}
-    for name in arguments.variants:
-        runs = [out / f"{slug(name)}-{seed}" for seed in range(arguments.seeds)]
-        results[name] = {split: [scored(run, arguments.data, split) for run in runs] for split in splits}
-        seconds[name] = float(np.mean([float((run / "seconds.txt").read_text()) for run in runs]))
-    study = {"weights": weights, "choices": choices, "seconds": seconds, "results": results}
-    study["reranked"] = {split: reranked(out / "evaluation" / f"candidates-{split}.jsonl") for split in splits}
-    (out / "study.json").write_text(json.dumps(study))
-    table = tabulate(study, arguments.seeds) + tabulate_reranking(metrics)
+        return run
+
+    together([job(name, seed) for seed in range(arguments.seeds) for name in arguments.variants], "finetuning")
+    write_tables(out, arguments.data, arguments.variants)
+
+
+def write_tables(out: Path, data: Path, variants: list[str]) -> None:
+    """The tables of the runs that are complete."""
+    runs = {
+        name: sorted(path.parent for path in out.glob(f"{slug(name)}-[0-9]*/captions-novel.json")) for name in variants
+    }
+    runs = {name: found for name, found in runs.items() if found}
+    base, results = freeze(Blip(str(WEIGHTS / "blip"))), {}
+    for split in ("test", "novel"):
+        measure, before = Measures(data / split), captioned(base, data / split)
+        results[split] = {
+            decoding: {"before finetuning": [measure(before[decoding])]}
+            | {name: [measure(captions_of(run, data, split)[decoding]) for run in of] for name, of in runs.items()}
+            for decoding in ("nucleus", "greedy")
+        }
+    seconds = {name: float(np.mean([float((r / "seconds.txt").read_text()) for r in of])) for name, of in runs.items()}
+    table = tabulate(results, seconds, {}) + curve(runs)
+    if (pool := out / "evaluation" / "metrics.json").exists():
+        table += tabulate_reranking(json.loads(pool.read_text()))
     (out / "table.md").write_text(table)
     print(table)
-
-
-def reranked(candidates: Path, judge: str = "image cycle") -> list[float]:
-    """CIDEr per image, in the split's order, of the base model's nucleus sample that the judge likes best."""
-    rows: dict[str, list[dict]] = {}
-    for row in map(json.loads, candidates.read_text().splitlines()):
-        if row["model"] == "base" and row["decoding"] == "nucleus":
-            rows.setdefault(row["key"], []).append(row)
-    return [max(pool, key=lambda row: row["scores"][judge])["metrics"]["CIDEr"] for pool in rows.values()]
-
-
-def tabulate(study: dict, seeds: int) -> str:
-    """The study as Markdown tables, one per decoding and split: means over seeds and images, and paired differences."""
-    results, lines = study["results"], []
-    for decoding, title in (("nucleus", "one nucleus sample"), ("greedy", "one greedy caption")):
-        for split, best in study["reranked"].items():
-            lines += [
-                "",
-                f"CIDEr of {title} on {split}, {len(best)} images, {seeds} seeds, 95 % intervals over both.",
-                "",
-            ]
-            lines += [
-                "| finetuning | weight | CIDEr | against plain | against the base's best of 10 | words | s per run |"
-            ]
-            lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-            for name, found in results.items():
-                matrix = np.array([run[decoding]["CIDEr"] for run in found[split]])
-                cells = [f"{matrix.mean():.1f}", "", difference(matrix - np.array(best))]
-                if name not in ("plain", "before finetuning") and "plain" in results:
-                    plain = np.array([run[decoding]["CIDEr"] for run in results["plain"][split]])
-                    cells[1] = difference(matrix - plain)
-                words = np.mean([np.mean(run[decoding]["words"]) for run in found[split]])
-                weight, seconds = study["weights"].get(name), study["seconds"].get(name)
-                lines.append(
-                    f"| {name} | {'' if weight is None else f'{weight:g}'} | {' | '.join(cells)} | {words:.1f} | "
-                    f"{'' if seconds is None else f'{seconds:.0f}'} |"
-                )
-        lines += ["", f"CIDEr of {title} on test, each seed:", ""]
-        for name, found in list(results.items())[1:]:
-            means = (f"{np.mean(run[decoding]['CIDEr']):.0f}" for run in found["test"])
-            lines.append(f"- {name}: {' '.join(means)}")
-    if study["choices"]:
-        lines += ["", "CIDEr of one nucleus sample on validation by weight, one seed of its own:", ""]
-        lines += [f"- {name}: " + ", ".join(f"{weight:g}: {value:.1f}" for weight, value in found.items())
-                  for name, found in study["choices"].items()]  # fmt: skip
-    return "\n".join(lines).lstrip() + "\n"
-
-
-def difference(matrix: np.ndarray, places: int = 1) -> str:
-    """The mean over seeds and images with its interval, as text."""
-    mean, low, high = (f"{value:+.{places}f}" for value in seed_interval(matrix))
-    return f"{mean} [{low}, {high}]"
-
-
-def tabulate_reranking(metrics: dict) -> str:
-    """The base model reranked by each judge, and CIDEr by the rank each judge gives, as Markdown tables."""
-    lines = ["", "The base model, CIDEr with 95 % intervals over images:", ""]
-    lines += ["| split | decoding | CIDEr | words | images drawn | denoiser calls | s per image |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-    for split, result in metrics["splits"].items():
-        for row in (row for row in result["rows"] if row["model"] == "base"):
-            cider = row["metrics"]["CIDEr"]
-            words = row["metrics"]["words"]["value"]
-            single = row["selection"] == "single"
-            lines.append(
-                f"| {split} | {row['decoding'] if single else 'best by ' + row['selection']} | "
-                f"{cider['value']:.1f} [{cider['low']:.0f}, {cider['high']:.0f}] | {words:.1f} | "
-                f"{row['generator_calls']:.1f} | {row['denoiser_calls']:.0f} | {row['seconds']:.2f} |"
-            )
-    lines += ["", "CIDEr by rank:", ""]
-    for split, result in metrics["splits"].items():
-        for curve in (curve for curve in result["rank_curves"] if curve["model"] == "base"):
-            values = " ".join(f"{point['value']:.0f}" for point in curve["values"])
-            lines.append(f"- {split}, {curve['selection']}: {values}")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

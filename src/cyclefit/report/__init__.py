@@ -132,7 +132,7 @@ def _read_metrics(path: Path) -> dict:
                 at = f"{where}.{name}[{i}]"
                 _expect_keys(difference, ("metric", "a", "b"), path, at)
                 _expect_estimate(difference, path, at)
-                for mean in ("a_value", "b_value") if name == "gains" else ():
+                for mean in ("a_value", "b_value") if name == "gains" and difference["value"] is not None else ():
                     _expect(difference.get(mean), (int, float), path, f"{at}.{mean}")
         for name, place in (("rank_curves", "rank"), ("count_curves", "n")):
             for i, curve in enumerate(content[name]):

@@ -103,6 +103,8 @@ CAPTIONS = Kind(
         "image cycle": "an image is regenerated from every candidate; the caption whose image is most similar to "
         "the source is kept (the paper's reranking).",
         "denoising": "the caption under which the generator denoises the source image best is kept; no image is made.",
+        "log denoising": "as denoising, by the logarithm of the errors: what a detail explains counts by its share of "
+        "the error that is left.",
         "contrastive": "as denoising, minus the error on other images: the caption that tells the generator most "
         "about this image and least about others is kept.",
         "image-text": "the control without a generator: the caption most similar to the image under the scorer is "

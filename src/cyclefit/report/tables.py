@@ -270,8 +270,9 @@ def gains_table(gains: list[dict]) -> str:
     for entry in gains:
         metric = entry["metric"]
         cells = [f'<td class="name">{escape(entry[name])}</td>' for name in ("b", "a", "metric")]
-        cells += [cell(entry[name], number(entry[name], metric)) for name in ("b_value", "a_value")]
-        cells += [_signed(entry, metric), cell(entry["relative"], _percent(entry["relative"])), _chance(entry["p"])]
+        cells += [cell(entry.get(name), number(entry.get(name), metric)) for name in ("b_value", "a_value")]
+        relative = entry.get("relative")
+        cells += [_signed(entry, metric), cell(relative, _percent(relative)), _chance(entry.get("p"))]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     headers = [("sampled", False), ("chosen", False), ("metric", False), ("sampled ", True), ("chosen ", True)]
     headers += [("gain", True), ("relative", True), ("p", True)]

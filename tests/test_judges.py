@@ -1,0 +1,83 @@
+"""Judges: the log of the denoising error, sums, regeneration in latents."""
+
+import pytest
+import torch
+
+from cyclefit import UserError
+from cyclefit.judges import Denoising, ImageText, Partners, Regeneration, Sum
+
+
+@pytest.fixture(scope="module")
+def partners(generator, scorer):
+    return Partners(generator, scorer)
+
+
+@pytest.fixture
+def case(batch):
+    images = batch.images[:4]
+    captions = [[batch.captions[i], batch.captions[(i + 1) % 4], "a red circle"] for i in range(4)]
+    return images, captions, [10, 11, 12, 13]
+
+
+def test_the_log_is_of_each_timesteps_error(partners, case):
+    images, captions, seeds = case
+    parts = [Denoising(min_timestep=a, max_timestep=b, num_timesteps=1) for a, b in ((0, 500), (500, 1000))]
+    errors = [-judge.score(partners, images, captions, seeds) for judge in parts]
+    expected = -(errors[0].log() + errors[1].log()) / 2
+    found = Denoising(log=True, num_timesteps=2).score(partners, images, captions, seeds)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_sum_is_of_judges_on_one_scale(partners, case):
+    images, captions, seeds = case
+    judges = [Denoising(num_timesteps=1), ImageText()]
+    found = Sum(judges, [2.0, 0.5]).score(partners, images, captions, seeds)
+    expected = 0
+    for judge, weight in zip(judges, (2.0, 0.5), strict=True):
+        scores = judge.score(partners, images, captions, seeds)
+        around = scores - scores.mean(1, keepdim=True)
+        expected = expected + weight * around / around.square().mean().sqrt()
+    torch.testing.assert_close(found, expected)
+    assert found.mean(1).abs().max() < 1e-5
+    # A judge's own unit does not matter.
+    scaled = Sum([_Scaled(judges[0]), judges[1]], [2.0, 0.5]).score(partners, images, captions, seeds)
+    torch.testing.assert_close(scaled, found, atol=1e-4, rtol=1e-4)
+
+
+class _Scaled(Denoising):
+    def __init__(self, judge):
+        super().__init__(num_timesteps=judge.num_timesteps)
+
+    def score(self, *arguments, **named):
+        return 1000 * super().score(*arguments, **named)
+
+
+def test_a_sum_asks_for_what_its_judges_ask_for(partners, case):
+    judge = Sum([Denoising(num_others=1), Denoising(num_others=2, num_timesteps=3), ImageText()])
+    assert set(judge.needs) == {"generator", "scorer"}
+    assert judge.num_others == 2
+    assert judge.cost(partners, 5) == {"generator_calls": 0, "denoiser_calls": 5 * (4 * 2 + 3 * 3)}
+    images, captions, seeds = case
+    others = torch.stack([images.roll(-1, 0), images.roll(-2, 0)], 1)
+    found = judge.score(partners, images, captions, seeds, others)
+    torch.testing.assert_close(found, judge.score(partners, images, captions, seeds), atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="at least one judge"):
+        Sum([])
+    with pytest.raises(UserError, match="2 numbers"):
+        Sum([ImageText(), ImageText()], [1.0])
+
+
+def test_candidates_that_are_all_alike_score_nothing(partners, case):
+    images, _, seeds = case
+    assert (Sum([ImageText()]).score(partners, images, [["a red circle"] * 3] * 4, seeds) == 0).all()
+
+
+def test_regeneration_compares_latents(partners, case):
+    images, captions, seeds = case
+    judge = Regeneration(steps=2, guidance_scale=2.0, latents=True)
+    assert judge.needs == ("generator",)
+    assert Regeneration().needs == ("generator", "scorer")
+    found = judge.score(Partners(partners.generator), images, captions, seeds)
+    drawn = partners.generator.generate([row[0] for row in captions], seeds, 2, 2.0)
+    source, made = (partners.generator.encode_images(of).flatten(1) for of in (images.clone(), drawn))
+    torch.testing.assert_close(found[:, 0], -(source - made).norm(dim=1), atol=1e-4, rtol=1e-4)
