@@ -9,6 +9,7 @@ from PIL import Image
 
 from cyclefit import cli, evaluate
 from cyclefit.data import evaluation_batches
+from cyclefit.metrics.facts import FactCheck
 from cyclefit.metrics.images import inception_distances
 from cyclefit.rerank import rerank_images, sample_seed
 from cyclefit.runs import load_run
@@ -138,12 +139,17 @@ def test_evaluation_end_to_end(whole, capsys):
         ("oracle", lambda row: row["metrics"]["image similarity (clip)"]),
     ):
         kept = [max((found["base", key, k] for k in range(COUNT)), key=score) for key in keys]
+        checks = [FactCheck.read(row["facts"]) for row in kept]
         for name, entry in rows["base", selection]["metrics"].items():
+            if name == "truth":
+                right, stated = np.array([check.counts()["truth"] for check in checks]).sum(0)
+                assert entry["value"] == pytest.approx(100 * right / stated)
+                continue
             assert entry["value"] == pytest.approx(np.mean([row["metrics"][name] for row in kept]), abs=1e-5)
             assert entry["low"] <= entry["value"] <= entry["high"]
     names = {f"{kind} ({label})" for label in ("clip", "clip-heldout")
              for kind in ("image similarity", "image-text similarity", "text similarity", "R@1", "R@5")}  # fmt: skip
-    assert set(rows["base", "single"]["metrics"]) == names | {"CIDEr", "captioner NLL"}
+    assert set(rows["base", "single"]["metrics"]) == names | {"CIDEr", "captioner NLL", "truth", "false images"}
     cost = rows["base", "text cycle"]
     assert (cost["generator_calls"], cost["denoiser_calls"]) == (COUNT, COUNT * 2 * 2)
     assert rows["cycle", "single"]["generator_calls"] == 1
@@ -162,10 +168,10 @@ def test_evaluation_end_to_end(whole, capsys):
             expected = rows[a]["metrics"][metric]["value"] - rows[b]["metrics"][metric]["value"]
             assert pairs[" · ".join(a), " · ".join(b), metric]["value"] == pytest.approx(expected)
     sentence = metrics["verdict"]["sentence"]
-    gain = pairs["cycle · single", "plain · single", measured[0]]
+    gain = pairs["cycle · single", "plain · single", "truth"]
     assert metrics["verdict"]["better"] == (True if gain["low"] > 0 else False if gain["high"] < 0 else None)
-    assert f"image similarity {round(gain['value'], 3) + 0.0:+.3f}" in sentence
-    assert "held-out scorer clip-heldout, beside" in sentence
+    assert f"truth {gain['b_value']:.1f} to {gain['a_value']:.1f}" in sentence
+    assert "image similarity (clip-heldout)" in sentence
 
     page = (whole / "report.html").read_text()
     assert "data:image/webp;base64," in page

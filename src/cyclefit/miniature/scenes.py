@@ -43,7 +43,7 @@ Noise = Literal["web", "clean", "full"]
 SPLITS = {
     # name: (images, novel pairs, noise of the captions, captions per image)
     "pretrain": (40_000, "any", None, 0),
-    "captioner": (20_000, "never", "web", 1),
+    "captioner": (40_000, "never", "web", 1),
     "finetune": (1_000, "never", "web", 1),
     "validation": (300, "never", "clean", 5),
     "test": (400, "never", "clean", 5),

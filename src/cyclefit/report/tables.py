@@ -186,11 +186,12 @@ def facts_table(rows: list[dict], models: dict[str, dict]) -> str:
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["facts"]))
     if not kinds:
         return ""
+    names = [name for name in ("decoding", "selection") if any(row[name] for row in rows)]
     lines, previous = [], None
     for row in sorted(rows, key=lambda row: list(models).index(row["model"])):
         first, previous = row["model"] != previous, row["model"]
         cells = [f'<td class="name">{dot(models[row["model"]])}{escape(row["model"])}</td>']
-        cells += [f'<td class="name">{escape(" ".join(filter(None, (row["decoding"], row["selection"]))))}</td>']
+        cells += [f'<td class="name">{escape(row[name])}</td>' for name in names]
         for kind in kinds:
             found = row["facts"].get(kind, {})
             value = found.get("truth", {}).get("value")
@@ -200,7 +201,7 @@ def facts_table(rows: list[dict], models: dict[str, dict]) -> str:
     return (
         '<p class="how">How to read this: of the stated facts of a kind the share that is right, in percent; below it '
         "how many are stated on average.</p>"
-        + table([("model", False), ("decoding", False), *[(kind, True) for kind in kinds]], lines)
+        + table([*[(name, False) for name in ("model", *names)], *[(kind, True) for kind in kinds]], lines)
     )
 
 

@@ -1,0 +1,143 @@
+"""What an evaluation says in words, from made-up differences."""
+
+import pytest
+import torch
+
+from cyclefit.evaluate.common import baselines, is_control
+from cyclefit.evaluate.verdict import outcome, verdict
+from cyclefit.metrics.aggregation import FactMetrics
+from cyclefit.metrics.facts import check, summarize
+from tests.test_facts import ONE, TWO
+
+UP, DOWN, SAME, NOTHING = (
+    {"low": 1, "high": 3},
+    {"low": -3, "high": -1},
+    {"low": -1, "high": 1},
+    {"low": None, "high": None},
+)
+
+
+@pytest.mark.parametrize(
+    ("truth", "coverage", "better", "words"),
+    [
+        (UP, SAME, True, "Truer"),
+        (SAME, UP, True, "More complete"),
+        (UP, UP, True, "Truer and more complete"),
+        (UP, None, True, "Truer"),
+        (UP, DOWN, None, "Truer but less complete"),
+        (DOWN, UP, None, "More complete but less true"),
+        (DOWN, SAME, False, "Less true"),
+        (SAME, DOWN, False, "Less complete"),
+        (DOWN, DOWN, False, "Less true and less complete"),
+        (SAME, SAME, None, "Neither truer nor less true, as far as this many can show"),
+        (NOTHING, UP, True, "More complete"),
+        (NOTHING, NOTHING, None, "Neither truer nor less true, as far as this many can show"),
+    ],
+)
+def test_helped_is_truth_up_and_coverage_not_down_or_the_other_way_round(truth, coverage, better, words):
+    assert outcome(truth, coverage) == (better, words)
+
+
+def model(cycle, which="captioner"):
+    name = {"captioner": "image_cycle", "generator": "text_cycle"}[which]
+    return object(), {"model": {"init_args": {name: cycle}}}
+
+
+REWARD = {
+    "class_path": "cyclefit.cycles.PolicyGradient",
+    "init_args": {"reward": {"class_path": "cyclefit.judges.Denoising"}},
+}
+CLIP = {
+    "class_path": "cyclefit.cycles.PolicyGradient",
+    "init_args": {"reward": {"class_path": "cyclefit.judges.ImageText"}},
+}
+
+
+def test_the_control_is_clip_alone():
+    models = {"base": (object(), {}), "c": model(CLIP), "a": model(REWARD), "p": model(None), "d": model(CLIP)}
+    assert baselines(models, "captioner") == (["p"], ["a"], ["c", "d"])
+    drawn = {"class_path": "cyclefit.cycles.TruncatedSampling", "init_args": {"image_text_weight": 1.0}}
+    assert not is_control(drawn, "generator")
+    drawn["init_args"]["likelihood_weight"] = 0
+    assert is_control(drawn, "generator")
+    drawn["init_args"]["text_weight"] = 1.0
+    assert not is_control(drawn, "generator")
+
+
+def difference(metric, a, b, low, high, decoding="nucleus"):
+    value = (low + high) / 2
+    names = {"metric": metric, "a": f"{a} · {decoding}", "b": f"{b} · {decoding}"}
+    return names | {"value": value, "low": low, "high": high,
+            "a_value": 50 + value, "b_value": 50.0}  # fmt: skip
+
+
+def result(*differences, parts=()):
+    return {"num_images": 7, "differences": list(differences), "parts": list(parts)}
+
+
+MODELS = {"base": (object(), {}), "plain": model(None), "clip": model(CLIP), "cycle": model(REWARD)}
+
+
+def test_a_verdict_names_truth_the_control_and_what_changed():
+    kinds = {
+        "shape": {
+            "truth": difference("truth", "cycle", "plain", -1, 1),
+            "coverage": difference("coverage", "cycle", "plain", -1, 1),
+        },
+        "relation": {
+            "truth": difference("truth", "cycle", "plain", 10, 20),
+            "coverage": difference("coverage", "cycle", "plain", -1, 1),
+        },
+    }
+    parts = [
+        {"a": "cycle · nucleus", "b": "plain · nucleus", "kinds": kinds, "words": {"a_value": 9.0, "b_value": 6.0}}
+    ]
+    split = result(
+        difference("truth", "cycle", "plain", 10, 20),
+        difference("coverage", "cycle", "plain", -1, 1),
+        difference("CIDEr", "cycle", "plain", -30, -10),
+        difference("truth", "cycle", "clip", -2, 2),
+        difference("coverage", "cycle", "clip", -4, -2),
+        difference("CIDEr", "cycle", "clip", 1, 2),
+        parts=parts,
+    )
+    found = verdict(MODELS, "captioner", {"test": split}, "CIDEr", ["nucleus"])
+    assert found["better"] is True, "whatever CIDEr says"
+    assert found["sentence"].startswith(
+        "Truer: cycle against plain on 7 images of test, one nucleus sample: truth 50.0 to 65.0"
+    )
+    assert "CIDEr 50.0 to 30.0 (difference -20.0, 95 % interval -30.0 to -10.0)" in found["sentence"]
+    assert found["control"]["better"] is False
+    assert "less complete" in found["control"]["sentence"]
+    assert found["changes"] == (
+        "What changed: relation: right of those stated 50 % to 65 %; not clearly changed: shape; words 6.0 to 9.0."
+    )
+
+
+def test_words_alone_are_no_truth():
+    split = result(difference("CIDEr", "cycle", "plain", 10, 20), difference("CIDEr", "cycle", "clip", 10, 20))
+    found = verdict(MODELS, "captioner", {"test": split}, "CIDEr", ["nucleus"])
+    assert found["better"] is True
+    assert "whether it is truer is not known" in found["sentence"]
+    assert "changes" not in found
+
+
+def test_there_is_no_verdict_without_something_to_compare():
+    assert verdict({"base": (object(), {}), "cycle": model(REWARD)}, "captioner", {}, "CIDEr", ["nucleus"]) is None
+    only = {"base": (object(), {}), "plain": model(None), "clip": model(CLIP)}
+    split = result(difference("truth", "clip", "plain", 1, 2), difference("coverage", "clip", "plain", 1, 2))
+    assert "control" not in verdict(only, "captioner", {"test": split}, "CIDEr", ["nucleus"])
+
+
+def test_facts_in_validation_are_those_of_all_samples():
+    captions, facts = ["a green cross", "a red star", "a blue dog"], [ONE, TWO, None]
+    metric = FactMetrics()
+    metric.update(captions[:1], facts[:1])
+    metric.update(captions[1:], facts[1:])
+    metric.update(["whatever"], None)
+    expected = summarize([check(c, f) for c, f in zip(captions, facts, strict=True) if f])
+    assert metric.compute() == pytest.approx({name.replace(" ", "_"): of["value"] for name, of in expected.items()})
+    assert metric.sums.dtype == torch.long
+    metric.reset()
+    metric.update(["a dog"], [None])
+    assert metric.compute() == {}
