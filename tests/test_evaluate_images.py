@@ -199,7 +199,7 @@ def test_every_candidate_is_drawn_from_its_own_seed_and_measured(whole, world, g
         i = place[row["key"]]
         assert row["prompt"] == batch.captions[i]
         assert row["seed"] == sample_seed(f"{row['key']}/{row['index']}", 0)
-        drawn = generator.generate([row["prompt"]], [row["seed"]], steps=2)
+        drawn = generator.generate([row["prompt"]], [row["seed"]], steps=2, guidance_scale=3.0)
         with Image.open(whole / row["image"]) as picture:
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
         assert pixels.shape == (3, 32, 32)

@@ -95,6 +95,10 @@ def test_a_batch_is_encoded_once(counted):
     assert not torch.equal(flipped, changed)
     turned = generator.encode_images(images.transpose(2, 3))
     assert not torch.equal(turned, generator.encode_images(images))
+    first = generator.encode_images(images[:1])
+    generator.encode_images(images.clone())
+    torch.testing.assert_close(generator.encode_images(images[:1]), first)
+    assert len(generator.encode_images(images)) == len(images), "more rows than were remembered"
 
 
 def test_latents_of_something_else_are_refused(world, encoded, folder, weights, counted):

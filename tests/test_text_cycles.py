@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from cyclefit import UserError
 from cyclefit.captioners import Blip
 from cyclefit.cycles import OneStepCaptioning, TruncatedSampling
 from cyclefit.generators import Lora, StableDiffusion
@@ -15,6 +16,7 @@ CYCLES = {
     "truncated": lambda: TruncatedSampling(steps=3, grad_steps=1),
     "truncated all steps": lambda: TruncatedSampling(steps=3, grad_steps=3, contrastive=True),
     "truncated clip": lambda: TruncatedSampling(steps=3, grad_steps=2, image_text_weight=1.0, text_weight=0.5),
+    "truncated, the control": lambda: TruncatedSampling(steps=3, likelihood_weight=0.0, image_text_weight=1.0),
     "truncated unguided": lambda: TruncatedSampling(steps=3, grad_steps=2, guidance_scale=1.0, num_images=3),
 }
 
@@ -52,6 +54,24 @@ def test_gradient_reaches_every_adapter_and_nothing_else(name, text_encoder, wei
         assert (p.grad is not None and p.grad.abs().sum() > 0) == (n in adapters), n
     frozen = [*partners.captioner.parameters(), *partners.scorer.parameters(), *cycle.parameters()]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_the_control_is_clip_alone(weights, partners, batch):
+    generator, cycle = trainee(weights), TruncatedSampling(steps=3, likelihood_weight=0.0, image_text_weight=2.0)
+    assert cycle.needs == ("scorer",)
+    alone = Partners(scorer=partners.scorer)
+    loss, logs = cycle(generator, alone, batch.images[:3], batch.captions[:3], [1, 2, 3])
+    drawn = generator.generate(batch.captions[:3], [1, 2, 3])
+    similarity = (partners.scorer.embed_images(drawn) * partners.scorer.embed_texts(batch.captions[:3])).sum(1)
+    torch.testing.assert_close(loss, 2 * (1 - similarity), atol=1e-4, rtol=1e-4)
+    assert set(logs) == {"image_text_similarity"}
+    both = TruncatedSampling(steps=3, likelihood_weight=0.5, image_text_weight=2.0)
+    likelihood = TruncatedSampling(steps=3)
+    arguments = (generator, partners, batch.images[:3], batch.captions[:3], [1, 2, 3])
+    expected = 0.5 * likelihood(*arguments)[0] + loss
+    torch.testing.assert_close(both(*arguments)[0], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="nothing is left"):
+        TruncatedSampling(likelihood_weight=0.0)
 
 
 def test_no_gradient_step_gives_no_gradient(weights, batch):

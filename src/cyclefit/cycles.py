@@ -280,12 +280,15 @@ class TextCycle(nn.Module, ABC):
         self.num_images = num_images
         if contrastive and num_images == 1:
             raise UserError(f"{type(self).__name__}: contrastive needs other captions: set num_images to 2 or more")
+        if not (likelihood_weight or image_text_weight or text_weight):
+            raise UserError(f"{type(self).__name__}: nothing is left of the loss: set likelihood_weight above 0")
         self.bridge: Bridge | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Which of the partners it asks for."""
-        return ("captioner", "scorer") if self.image_text_weight or self.text_weight else ("captioner",)
+        reads, compares = self.likelihood_weight or self.text_weight, self.image_text_weight or self.text_weight
+        return ("captioner",) * bool(reads) + ("scorer",) * bool(compares)
 
     def prepare(self, generator: Generator, partners: Partners) -> None:
         """Called once, before the first step: builds the bridge to the scorer where one is asked for.
@@ -330,16 +333,18 @@ class TextCycle(nn.Module, ABC):
         images, captions, seeds = images[:count], captions[:count], seeds[:count]
         drawn, weights = self.draw(generator, images, captions, seeds)
         captioner, scorer = partners.captioner, partners.scorer
-        features, tokens = captioner.embed(drawn), captioner.tokenize(captions)
-        logits = captioner.logits(features, tokens)
-        loss = nll = self._nll(captioner, logits, tokens)
-        logs = {"caption_nll": nll.detach().mean()}
-        if self.contrastive:
-            others = tokens.roll(1, 0)
-            other = self._nll(captioner, captioner.logits(features, others), others)
-            loss = nll - other
-            logs["other_caption_nll"] = other.detach().mean()
-        loss = self.likelihood_weight * loss
+        loss, logs = torch.zeros_like(weights), {}
+        if self.likelihood_weight or self.text_weight:
+            features, tokens = captioner.embed(drawn), captioner.tokenize(captions)
+            logits = captioner.logits(features, tokens)
+            nll = self._nll(captioner, logits, tokens)
+            logs["caption_nll"] = nll.detach().mean()
+            if self.contrastive:
+                others = tokens.roll(1, 0)
+                other = self._nll(captioner, captioner.logits(features, others), others)
+                nll = nll - other
+                logs["other_caption_nll"] = other.detach().mean()
+            loss = self.likelihood_weight * nll
         if self.image_text_weight or self.text_weight:
             texts = scorer.embed_texts(captions)
         if self.image_text_weight:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cyclefit import UserError
-from cyclefit.evaluate.analyses import difference
+from cyclefit.evaluate.analyses import checks, difference
 from cyclefit.evaluate.common import write_json
 from cyclefit.files import check_out_folder
-from cyclefit.metrics.statistics import seed_interval
+from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
 from cyclefit.report.tables import reading
@@ -23,6 +23,8 @@ from cyclefit.runs import read_run as read_trained
 # What names a run, says where it lies or how it was launched, and not what it trained.
 APART = ("name", "group", "runs", "ckpt_path", "trainer.default_root_dir")
 SEEDS = ("seed_everything", "model.seed", "data.seed")
+TOLD = ("truth", "coverage", "false captions", "false images", "CIDEr")
+"""Differences that are printed."""
 SINGLE = {"captions": ("greedy", "nucleus"), "images": ("",)}
 """By kind of evaluation, the decodings under which a run gives one caption or image of each input."""
 
@@ -228,7 +230,9 @@ def read_evaluation(folder: Path, runs: list[dict], named: bool) -> tuple[list[d
         differences, over_seeds = [], []
         for decoding in SINGLE[kind]:
             chosen = {name: list(samples[name, decoding].values()) for name in names}
-            metrics = [m for m in chosen[names[0]][0]["metrics"] if m not in ("BLEU-1", "BLEU-2", "BLEU-3")]
+            first = chosen[names[0]][0]
+            facts = {"captions": ["truth", "coverage"], "images": ["truth"]}[kind] if "facts" in first else []
+            metrics = [*facts, *(m for m in first["metrics"] if m not in ("BLEU-1", "BLEU-2", "BLEU-3"))]
             about = {"decoding": decoding} if decoding else {}
             for name in names[1:]:
                 differences += [about | difference(metric, name, names[0], chosen) for metric in metrics]
@@ -249,12 +253,23 @@ def read_evaluation(folder: Path, runs: list[dict], named: bool) -> tuple[list[d
 
 def _over_seeds(metric: str, a: str, runs_a: list[str], b: str, runs_b: list[str], chosen: dict) -> dict:
     """Two conditions' difference with an interval over seeds and images, run by run where there are as many."""
-    first, second = (
-        np.array([[row["metrics"][metric] for row in chosen[name]] for name in names]) for names in (runs_a, runs_b)
-    )
-    matrix = first - (second if len(runs_a) == len(runs_b) else second.mean(0))
-    value, low, high = seed_interval(matrix)
-    relative = float(value / second.mean()) if second.mean() else 0.0
+    if metric in ("truth", "coverage"):
+        counts = [np.array([[check.counts()[metric] for check in checks(chosen[name])] for name in names], dtype=float)
+                  for names in (runs_a, runs_b)]  # fmt: skip
+        if len(runs_a) != len(runs_b):
+            counts[1] = np.broadcast_to(counts[1].mean(0), counts[0].shape)
+        first, second = (np.moveaxis(of, -1, 0) for of in counts)
+        value, low, high = (100 * v for v in seed_ratio_interval(*first, tuple(second)))
+        mean = 100 * second[0].sum() / second[1].sum() if second[1].any() else 0.0
+        value, low, high = (v if np.isfinite(v) else None for v in (value, low, high))
+    else:
+        first, second = (
+            np.array([[row["metrics"][metric] for row in chosen[name]] for name in names]) for names in (runs_a, runs_b)
+        )
+        matrix = first - (second if len(runs_a) == len(runs_b) else second.mean(0))
+        value, low, high = seed_interval(matrix)
+        mean = second.mean()
+    relative = float(value / mean) if mean and value is not None else 0.0
     seeds = {"a": f"{a} ({len(runs_a)} seeds)", "b": f"{b} ({len(runs_b)} seeds)"}
     return {"metric": metric, **seeds, "value": value, "low": low, "high": high, "relative": relative}
 
@@ -303,7 +318,7 @@ def _print(content: dict, broken: list[str]) -> None:
             f"[bold]{entry['kind']} on {entry['num_images']} of {entry['split']}[/bold] ({entry['evaluation']})"
         )
         for row in (*entry["differences"], *entry["over_seeds"]):
-            if row["metric"] == "CIDEr" or row["metric"].startswith("image similarity"):
+            if row["metric"] in TOLD or row["metric"].startswith("image similarity"):
                 console.print(f"  {reading(row | _under(row))}", highlight=False)
     if not content["evaluations"]:
         console.print("not evaluated: `python evaluate.py captions` or `images` with these --runs, then compare again")

@@ -11,6 +11,7 @@ from cyclefit import UserError
 from cyclefit.loading import freeze, resized
 from cyclefit.metrics.facts import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE_WORDS
 from cyclefit.paths import NameOrPath
+from cyclefit.ranges import Count, checked
 
 SIZE = 32
 """Side of the images it reads."""
@@ -39,6 +40,7 @@ def attributes(facts: list[dict]) -> Int[Tensor, "n a"]:
     return torch.tensor(rows)
 
 
+@checked
 class SceneReader(nn.Module):
     """A convolutional classifier of all attributes of an image, trained on real images of the world.
 
@@ -51,7 +53,7 @@ class SceneReader(nn.Module):
 
     """
 
-    def __init__(self, pretrained: NameOrPath | str | None = None, width: int = 48):
+    def __init__(self, pretrained: NameOrPath | str | None = None, width: Count = 48):
         super().__init__()
         layers, channels = [], 5
         for out, stride in [(width, 1), (width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 1)]:
