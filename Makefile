@@ -27,7 +27,7 @@ data/miniature/novel/manifest.json: | $(READY)
 # Two at a time, each on one thread: models this small gain nothing from a second one.
 RUNS := plain control cycle plain_sd control_sd cycle_sd
 RUN = OMP_NUM_THREADS=1 $(PY) train.py --runs $(DEMO) --name $(@F) --trainer.enable_model_summary=false --config
-CONTROL := --model.cycle.reward=cyclefit.judges.ImageText
+CONTROL := --model.cycle.reward=cyclefit.judges.ImageText --model.cycle.weight=2
 CONTROL_SD := --model.cycle.likelihood_weight=0 --model.cycle.image_text_weight=1
 demo: $(READY) data/miniature/novel/manifest.json
 	rm -rf $(DEMO)

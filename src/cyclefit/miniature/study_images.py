@@ -112,19 +112,18 @@ def main() -> None:
         config, overrides = VARIANTS[name]
         return lambda: train_run(out, f"{slug(name)}-{seed}", config, [*overrides, "--model.validation_images=0"], seed)
 
-    pairs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.variants]
+    pairs = [(name, seed) for seed in range(1, arguments.seeds + 1) for name in arguments.variants]
     runs = together([job(name, seed) for name, seed in pairs], "finetuning")
     splits = {split: data / split for split in ("test", "novel")}
     folder = evaluate("images", out / "evaluation", EVALUATION, runs, splits, arguments.candidates)
-    lines = []
+    lines, seeds = [], range(1, arguments.seeds + 1)
     for split in splits:
-        values, found = measured(folder, split), {}
-        found["base"] = [values["base"]]
-        found |= {n: [values[f"{slug(n)}-{seed}"] for seed in range(arguments.seeds)] for n in arguments.variants}
-        seconds = {
-            name: float(np.mean([float((out / f"{slug(name)}-{seed}" / "seconds.txt").read_text())
-                                 for seed in range(arguments.seeds)])) for name in arguments.variants
-        }  # fmt: skip
+        values, seconds = measured(folder, split), {}
+        found = {"base": [values["base"]]}
+        for name in arguments.variants:
+            names = [f"{slug(name)}-{seed}" for seed in seeds]
+            found[name] = [values[of] for of in names]
+            seconds[name] = float(np.mean([float((out / of / "seconds.txt").read_text()) for of in names]))
         lines += tabulate(found, seconds, split)
     if arguments.candidates > 1:
         lines += reranked(json.loads((folder / "metrics.json").read_text()))
