@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from cyclefit.metrics.facts import KINDS, FactCheck
+from cyclefit.metrics.facts import KINDS, FactCheck, counts_of
 from cyclefit.metrics.statistics import (
     best_of,
     bootstrap_interval,
@@ -40,7 +40,7 @@ def difference(metric: str, a: str, b: str, chosen: dict[str, list[dict]], kind:
     """
     first, second = chosen[a], chosen[b]
     if metric in ("truth", "coverage"):
-        sides = [np.array([check.counts(kind)[metric] for check in checks(rows)]).T for rows in (first, second)]
+        sides = [np.array([counts_of(row["facts"], metric, kind) for row in rows]).T for rows in (first, second)]
         if not all(wholes.any() for _, wholes in sides):
             return {"metric": metric, "a": a, "b": b} | dict.fromkeys(
                 ("value", "low", "high", "p", "a_value", "b_value", "relative")

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from cyclefit import UserError
-from cyclefit.evaluate.analyses import checks, difference
+from cyclefit.evaluate.analyses import difference
 from cyclefit.evaluate.common import write_json
 from cyclefit.files import check_out_folder
+from cyclefit.metrics.facts import counts_of
 from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
 from cyclefit.report.comparison import write_page
 from cyclefit.report.figures import write_csv
@@ -254,7 +255,7 @@ def read_evaluation(folder: Path, runs: list[dict], named: bool) -> tuple[list[d
 def _over_seeds(metric: str, a: str, runs_a: list[str], b: str, runs_b: list[str], chosen: dict) -> dict:
     """Two conditions' difference with an interval over seeds and images, run by run where there are as many."""
     if metric in ("truth", "coverage"):
-        counts = [np.array([[check.counts()[metric] for check in checks(chosen[name])] for name in names], dtype=float)
+        counts = [np.array([[counts_of(row["facts"], metric) for row in chosen[name]] for name in names], dtype=float)
                   for names in (runs_a, runs_b)]  # fmt: skip
         if len(runs_a) != len(runs_b):
             counts[1] = np.broadcast_to(counts[1].mean(0), counts[0].shape)

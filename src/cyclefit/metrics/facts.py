@@ -64,15 +64,18 @@ class FactCheck:
         return not all(statement.right for statement in self.stated)
 
     def record(self) -> dict:
-        """As a row of candidates holds it."""
+        """As a row of candidates holds it: the statements, and by kind right, stated, covered facts and those there."""
         stated = [[of.kind, of.start, of.end, of.right] for of in self.stated]
-        return {"stated": stated, "covered": dict(self.covered), "there": dict(self.there)}
+        kinds = [kind for kind in KINDS if any(self.counts(kind)[what][1] for what in ("truth", "coverage"))]
+        counts = {kind: [n for what in ("truth", "coverage") for n in self.counts(kind)[what]] for kind in kinds}
+        return {"stated": stated, "counts": counts}
 
     @classmethod
     def read(cls, record: dict) -> "FactCheck":
         """From `record`."""
         stated = [Statement(*of) for of in record["stated"]]
-        return cls(stated, Counter(record["covered"]), Counter(record["there"]))
+        covered, there = ({kind: n[place] for kind, n in record["counts"].items()} for place in (2, 3))
+        return cls(stated, Counter(covered), Counter(there))
 
     def counts(self, kind: str | None = None) -> dict[str, tuple[int, int]]:
         """Of `truth` and `coverage` how many of how many, in all or of one kind of fact."""
@@ -93,6 +96,13 @@ def are_facts(facts: dict) -> bool:
     if "relation" in facts and (len(things) != 2 or facts["relation"] not in ("left", "above")):
         return False
     return all(isinstance(text, str) for text in texts)
+
+
+def counts_of(record: dict, what: str, kind: str | None = None) -> tuple[int, int]:
+    """`FactCheck.counts` of a record, without making the check again."""
+    place = {"truth": 0, "coverage": 2}[what]
+    rows = record["counts"].values() if kind is None else [record["counts"].get(kind, (0, 0, 0, 0))]
+    return sum(row[place] for row in rows), sum(row[place + 1] for row in rows)
 
 
 def check(caption: str, facts: dict) -> FactCheck:

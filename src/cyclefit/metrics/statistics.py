@@ -5,6 +5,7 @@ Percentile intervals of the mean (Efron and Tibshirani 1993, chapter 13), the sa
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -82,11 +83,8 @@ def _resampled_ratios(parts: ArrayLike, wholes: ArrayLike, n: int, seed: int) ->
     parts, wholes = _checked(parts, 1, "Parts"), _checked(wholes, 1, "Wholes")
     if len(parts) != len(wholes):
         raise ValueError(f"A ratio needs the same samples: {len(parts)} parts, {len(wholes)} wholes.")
-    random, count = np.random.default_rng(seed), len(parts)
-    sums = [
-        random.multinomial(count, np.full(count, 1 / count), size=rows) @ np.stack([parts, wholes], 1)
-        for rows in _chunks(n, count)
-    ]
+    pairs = np.stack([parts, wholes], 1)
+    sums = [weights @ pairs for weights in _weights(len(parts), n, seed)]
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = np.divide(*np.concatenate(sums).T)
         return ratios, float(np.divide(parts.sum(), wholes.sum()))
@@ -210,6 +208,22 @@ def best_of(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
     weights = np.array([math.comb(most - k, n - 1) / math.comb(most, n) for k in range(1, most + 1)])
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(values, order, axis=1) @ weights
+
+
+def _weights(samples: int, n: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each sample is in each of n resamples, as float32 (rows, samples); few samples' are remembered."""
+    if n * samples <= CHUNK:
+        yield _remembered_weights(samples, n, seed)
+        return
+    random = np.random.default_rng(seed)
+    for rows in _chunks(n, samples):
+        yield random.multinomial(samples, np.full(samples, 1 / samples), size=rows)
+
+
+@lru_cache(maxsize=4)
+def _remembered_weights(samples: int, n: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.multinomial(samples, np.full(samples, 1 / samples), size=n).astype(np.float32)
 
 
 def _resampled_means(values: np.ndarray, n: int, seed: int) -> np.ndarray:
