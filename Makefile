@@ -28,7 +28,7 @@ data/miniature/novel/manifest.json: | $(READY)
 RUNS := plain control cycle plain_sd control_sd cycle_sd
 RUN = OMP_NUM_THREADS=1 $(PY) train.py --runs $(DEMO) --name $(@F) --trainer.enable_model_summary=false --config
 CONTROL := --model.cycle.reward=cyclefit.judges.ImageText --model.cycle.weight=2
-CONTROL_SD := --model.cycle.likelihood_weight=0 --model.cycle.image_text_weight=1
+CONTROL_SD := --model.cycle.likelihood_weight=0 --model.cycle.image_text_weight=1 --model.cycle.weight=1
 demo: $(READY) data/miniature/novel/manifest.json
 	rm -rf $(DEMO)
 	@echo "Finetuning three captioners and three generators, two at a time; each prints what it did when it is done."

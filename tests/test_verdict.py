@@ -29,9 +29,9 @@ UP, DOWN, SAME, NOTHING = (
         (DOWN, SAME, False, "Less true"),
         (SAME, DOWN, False, "Less complete"),
         (DOWN, DOWN, False, "Less true and less complete"),
-        (SAME, SAME, None, "Neither truer nor less true, as far as this many can show"),
+        (SAME, SAME, None, "Not clearly truer or less true"),
         (NOTHING, UP, True, "More complete"),
-        (NOTHING, NOTHING, None, "Neither truer nor less true, as far as this many can show"),
+        (NOTHING, NOTHING, None, "Not clearly truer or less true"),
     ],
 )
 def test_helped_is_truth_up_and_coverage_not_down_or_the_other_way_round(truth, coverage, better, words):
@@ -106,9 +106,10 @@ def test_a_verdict_names_truth_the_control_and_what_changed():
     assert found["sentence"].startswith(
         "Truer: cycle against plain on 7 images of test, one nucleus sample: truth 50.0 to 65.0"
     )
-    assert "CIDEr 50.0 to 30.0 (difference -20.0, 95 % interval -30.0 to -10.0)" in found["sentence"]
+    assert "truth 50.0 to 65.0 [+10.0, +20.0], coverage 50.0 to 50.0 [-1.0, +1.0]" in found["sentence"]
+    assert "CIDEr" not in found["sentence"]
     assert found["control"]["better"] is False
-    assert "less complete" in found["control"]["sentence"]
+    assert found["control"]["sentence"].startswith("Less complete than with CLIP as the only reward (clip) on 7 images")
     assert found["changes"] == (
         "What changed: relation: right of those stated 50 % to 65 %; not clearly changed: shape; words 6.0 to 9.0."
     )

@@ -8,6 +8,7 @@ from cyclefit.evaluate.common import baselines
 from cyclefit.runs import Which
 
 DECODINGS = {"nucleus": "one nucleus sample", "greedy": "one greedy caption", "single": "one image of each prompt"}
+BRACKETS = "In brackets the 95 % interval of the difference."
 FALSE = {"captioner": "false captions", "generator": "false images"}
 
 
@@ -15,20 +16,19 @@ def verdict(models: dict[str, tuple], which: Which, results: dict, agreement: st
     """The verdict on the first run with a cycle against the first without, by the first split and decoding.
 
     Beside the `sentence` stands what came out against the image-text `control`, and the `changes` by kind of fact.
-    `agreement` is the metric that is told after truth, and decides where there are no facts.
+    `agreement` is the metric that is told, and decides, where there are no facts.
     """
     plain, cycles, controls = baselines(models, which)
     cycle = next(iter(cycles or controls), None)
     if not plain or cycle is None:
         return None
     better, head, sentence = _against(results, cycle, plain[0], which, agreement, decodings)
-    found = {"better": better, "sentence": f"{head}: {cycle} against {plain[0]} {sentence}."}
+    found = {"better": better, "sentence": f"{head}: {cycle} against {plain[0]} {sentence}. {BRACKETS}"}
     if controls and cycles:
         better, head, sentence = _against(results, cycle, controls[0], which, agreement, decodings)
         found["control"] = {
             "better": better,
-            "sentence": f"Against {controls[0]}, which has CLIP as its reward and no other model: {head.lower()}; "
-            f"{sentence}.",
+            "sentence": f"{head} than with CLIP as the only reward ({controls[0]}) {sentence}. {BRACKETS}",
         }
     if changes := _changes(next(iter(results.values())), f"{cycle} · {decodings[0]}", f"{plain[0]} · {decodings[0]}"):
         found["changes"] = changes
@@ -44,7 +44,7 @@ def outcome(truth: dict, coverage: dict | None) -> tuple[bool | None, str]:
         return None, f"{rises[0].capitalize()} but {falls[0]}"
     if rises or falls:
         return bool(rises), " and ".join(rises or falls).capitalize()
-    return None, "Neither truer nor less true, as far as this many can show"
+    return None, "Not clearly truer or less true"
 
 
 def _against(
@@ -63,7 +63,8 @@ def _against(
             truth = of("truth")
             if deciding is None:
                 deciding = outcome(truth, of("coverage")) if truth else _agrees(of(agreement), agreement)
-            values = [(name, of(name)) for name in (FALSE[which], "truth", "coverage", agreement)]
+            names = (FALSE[which], "truth", "coverage") if truth else (agreement,)
+            values = [(name, of(name)) for name in names]
             numbers = ", ".join(f"{name} {_change(row, name)}" for name, row in values if row)
             told.append(f"{DECODINGS[decoding]}: {numbers}")
         unit = {"captioner": "images", "generator": "prompts"}[which]
@@ -83,10 +84,13 @@ def _agrees(row: dict, metric: str) -> tuple[bool | None, str]:
 
 def _change(row: dict, metric: str) -> str:
     """From, to, and the interval of the difference."""
+    if row["value"] is None:
+        return "of nothing"
     places = 3 if "similarity" in metric else 1
     # 0.0 is added because a rounded -0.0 would read as a loss.
-    low, high, a, b = (f"{round(row[k], places) + 0.0:.{places}f}" for k in ("low", "high", "a_value", "b_value"))
-    return f"{b} to {a} (difference {round(row['value'], places) + 0.0:+.{places}f}, 95 % interval {low} to {high})"
+    a, b = (f"{round(row[k], places) + 0.0:.{places}f}" for k in ("a_value", "b_value"))
+    low, high = (f"{round(row[k], places) + 0.0:+.{places}f}" for k in ("low", "high"))
+    return f"{b} to {a} [{low}, {high}]"
 
 
 def _changes(result: dict, a: str, b: str) -> str:

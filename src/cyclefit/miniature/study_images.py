@@ -21,7 +21,10 @@ EVALUATION = "miniature_evaluate_images.yaml"
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     # name: (config, overrides)
     "plain": ("miniature_sd_lora.yaml", []),
-    "CLIP's reward": (CYCLE, ["--model.cycle.likelihood_weight=0", "--model.cycle.image_text_weight=1"]),
+    "CLIP's reward": (
+        CYCLE,
+        ["--model.cycle.likelihood_weight=0", "--model.cycle.image_text_weight=1", "--model.cycle.weight=1"],
+    ),
     "truncated, K = 2": (CYCLE, []),
     "truncated, K = 1": (CYCLE, ["--model.cycle.grad_steps=1"]),
     "one step, t < 300": (CYCLE, ["--model.cycle=cyclefit.cycles.OneStepCaptioning", "--model.cycle.weight=0.1"]),
