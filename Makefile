@@ -6,12 +6,12 @@ DEMO := runs/demo
 
 .PHONY: help setup demo test lint bench pretrain study clean
 help:
-	@echo "make demo      finetune both models plainly, with the cycle and with CLIP alone on the miniature world, write a report"
+	@echo "make demo      finetune both models on the miniature world with and without the cycle, and with CLIP alone; write a report"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
 	@echo "make bench     the benchmarks"
-	@echo "make study     the demo over five seeds and every cycle (about two hours)"
-	@echo "make pretrain  train the miniature world's models from nothing (about an hour)"
+	@echo "make study     every cycle over five seeds (hours)"
+	@echo "make pretrain  train the miniature world's models from nothing (about an hour and a quarter)"
 
 setup: $(READY)
 $(READY): pyproject.toml constraints.txt .ci/torchvision_cpu.py
@@ -25,26 +25,24 @@ data/miniature/novel/manifest.json: | $(READY)
 	$(PY) -m cyclefit.miniature.scenes --out data/miniature
 
 # Two at a time, each on one thread: models this small gain nothing from a second one.
-RUNS := plain control cycle plain_sd control_sd cycle_sd
-RUN = OMP_NUM_THREADS=1 $(PY) train.py --runs $(DEMO) --name $(@F) --trainer.enable_model_summary=false --config
+RUNS := plain control cycle plain_sd cycle_sd
+RUN = OMP_NUM_THREADS=1 $(PY) train.py --config $(1) --runs $(DEMO) --name $(@F) --trainer.enable_model_summary=false
 CONTROL := --model.cycle.reward=cyclefit.judges.ImageText --model.cycle.weight=2
-CONTROL_SD := --model.cycle.likelihood_weight=0 --model.cycle.image_text_weight=1 --model.cycle.weight=1
 demo: $(READY) data/miniature/novel/manifest.json
 	rm -rf $(DEMO)
-	@echo "Finetuning three captioners and three generators, two at a time; each prints what it did when it is done."
+	@echo "Finetuning three captioners and two generators, two at a time; each prints what it did when it is done."
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(addprefix $(DEMO)/,cycle $(filter-out cycle,$(RUNS)))
 	@echo "Evaluating them, captions and images side by side."
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(DEMO)/images $(DEMO)/captions
 	$(PY) evaluate.py report --evaluations '[$(DEMO)/captions, $(DEMO)/images]' --out $(DEMO)/report.html
-$(DEMO)/plain: ; $(RUN) miniature_blip.yaml
-$(DEMO)/control: ; $(RUN) miniature_cycle_blip_reward.yaml $(CONTROL)
-$(DEMO)/cycle: ; $(RUN) miniature_cycle_blip_reward.yaml
-$(DEMO)/plain_sd: ; $(RUN) miniature_sd_lora.yaml
-$(DEMO)/control_sd: ; $(RUN) miniature_cycle_sd.yaml $(CONTROL_SD)
-$(DEMO)/cycle_sd: ; $(RUN) miniature_cycle_sd.yaml
-EVALUATE = OMP_NUM_THREADS=1 $(PY) evaluate.py $(@F) --limit 150 --out $@ --runs
-$(DEMO)/captions: ; $(EVALUATE) '[$(DEMO)/plain, $(DEMO)/control, $(DEMO)/cycle]' --config miniature_evaluate.yaml
-$(DEMO)/images: ; $(EVALUATE) '[$(DEMO)/plain_sd, $(DEMO)/control_sd, $(DEMO)/cycle_sd]' --config miniature_evaluate_images.yaml
+$(DEMO)/plain: ; $(call RUN,miniature_blip.yaml)
+$(DEMO)/control: ; $(call RUN,miniature_cycle_blip_reward.yaml) $(CONTROL)
+$(DEMO)/cycle: ; $(call RUN,miniature_cycle_blip_reward.yaml)
+$(DEMO)/plain_sd: ; $(call RUN,miniature_sd_lora.yaml)
+$(DEMO)/cycle_sd: ; $(call RUN,miniature_cycle_sd.yaml)
+EVALUATE = OMP_NUM_THREADS=1 $(PY) evaluate.py $(@F) --config $(1) --limit $(2) --out $@ --runs
+$(DEMO)/captions: ; $(call EVALUATE,miniature_evaluate.yaml,100) '[$(DEMO)/plain, $(DEMO)/control, $(DEMO)/cycle]'
+$(DEMO)/images: ; $(call EVALUATE,miniature_evaluate_images.yaml,150) '[$(DEMO)/plain_sd, $(DEMO)/cycle_sd]'
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
