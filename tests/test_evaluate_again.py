@@ -215,22 +215,23 @@ def test_every_setting_counts(kind, project, world, captioner, generator, scorer
         raise Read(depends["base"])
 
     monkeypatch.setattr(module, "Rows", rows)
+    from cyclefit.metrics.reader import SceneReader
     from cyclefit.scorers import OpenClip
 
-    held_out = OpenClip(str(weights / "clip-heldout"))
+    more = {"held_out": OpenClip(str(weights / "clip-heldout")), "reader": SceneReader(str(weights / "reader"))}
     given = {"shards": {"test": str(project / "test")}, "out": str(tmp_path / "out")}
     models = {"captioner": captioner, "generator": generator, "scorer": scorer}
 
     def depends(**changed):
         with pytest.raises(Read) as found:
-            settings = given | models | ({"held_out": held_out} if kind == "images" else {})
+            settings = given | models | (more if kind == "images" else {})
             getattr(module, kind)(**settings | changed)
         return json.dumps(found.value.args[0], sort_keys=True)
 
     first = depends()
     assert depends() == first
     other = OTHER | {"shards": {"test": str(world / "novel")}, "judges": {"image-text": ImageText()}}
-    other |= {name: _other(model) for name, model in (models | {"held_out": held_out}).items()}
+    other |= {name: _other(model) for name, model in (models | more).items()}
     for name in inspect.signature(getattr(module, kind)).parameters:
         if name not in WITHOUT_INFLUENCE:
             assert depends(**{name: other[name]}) != first, name
@@ -353,7 +354,7 @@ def test_each_decoding_and_judge_has_its_own_seconds(again, monkeypatch):
         if row["decoding"] == "nucleus":
             pools.setdefault(row["key"], set()).add(row["caption"])
     different = sum(map(len, pools.values())) / len(pools)
-    each = {"image cycle": 20.0, "denoising": 5.0, "contrastive": 5.0, "image-text": 0.5}
+    each = {"image cycle": 20.0, "denoising": 5.0, "log denoising": 5.0, "image-text": 0.5}
     for judge, expected in (each | {"image cycle + image-text": 20.5}).items():
         assert seconds["base", "nucleus", judge] == pytest.approx(2 * 2.0 + expected * different, abs=1e-4), judge
     assert seconds["base", "nucleus", "oracle"] == pytest.approx(4.0, abs=1e-5)

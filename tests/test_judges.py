@@ -63,7 +63,7 @@ def test_a_sum_asks_for_what_its_judges_ask_for(partners, case):
     torch.testing.assert_close(found, judge.score(partners, images, captions, seeds), atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="at least one judge"):
         Sum([])
-    with pytest.raises(UserError, match="2 numbers"):
+    with pytest.raises(UserError, match="there are 1 and 2"):
         Sum([ImageText(), ImageText()], [1.0])
 
 

@@ -239,7 +239,7 @@ class Sum(Judge):
         if not judges:
             raise UserError("Sum: judges must name at least one judge")
         if weights is not None and len(weights) != len(judges):
-            raise UserError(f"Sum: weights must be {len(judges)} numbers, one for each judge, not {len(weights)}")
+            raise UserError(f"Sum: give as many weights as judges: there are {len(weights)} and {len(judges)}")
         self.judges, self.weights = judges, weights or [1.0] * len(judges)
 
     @property
