@@ -115,7 +115,8 @@ def test_the_same_numbers_on_disk_in_the_page_and_in_wandb(folder, compare):
     for cells in shown:
         row = by_name[cells[0], cells[1]]
         value = float(cells[3].split("[")[0].replace("\u2212", "-"))
-        places = 1 if cells[0].startswith(("CIDEr", "BLEU", "ROUGE", "R@")) else 3
+        shares = ("CIDEr", "BLEU", "ROUGE", "R@", "truth", "coverage", "false captions", "words")
+        places = 1 if cells[0].startswith(shares) else 3
         assert value == pytest.approx(float(row["value"]), abs=0.51 * 10**-places)
 
     media = {path.name.split("_")[0]: json.loads(path.read_text()) for path in out.glob("wandb/**/media/table/*.json")}

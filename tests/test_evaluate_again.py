@@ -224,7 +224,9 @@ def test_every_setting_counts(kind, project, world, captioner, generator, scorer
 
     def depends(**changed):
         with pytest.raises(Read) as found:
-            settings = given | models | (more if kind == "images" else {})
+            # One judge contrasts, so that the limit counts.
+            judges = {"judges": {"contrastive": Denoising(num_others=1)}} if kind == "captions" else more
+            settings = given | models | judges
             getattr(module, kind)(**settings | changed)
         return json.dumps(found.value.args[0], sort_keys=True)
 

@@ -19,6 +19,7 @@ from PIL import ImageFont
 from cyclefit import cli, finetune, start
 from cyclefit.data import evaluation_batches
 from cyclefit.finetune import Finetune
+from cyclefit.runs import read_run
 from tests.conftest import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -398,3 +399,15 @@ def test_ranks_and_steps_have_noise_of_their_own():
     places = list(itertools.product(range(2), repeat=3))
     assert len({seed for place in places for seed in seeds(*place)}) == 2 * len(places)
     assert seeds(0, 1, 1) == seeds(0, 1, 1)
+
+
+def test_a_run_knows_the_seconds_it_has_trained_and_its_limit_of_time(launch):
+    run = launch("miniature_blip.yaml", "timed", "--trainer.max_time=00:00:00:03", steps=4000)
+    config, _ = read_run(run)
+    assert 0 < config["steps"] < 4000
+    first = config["train_seconds"]
+    assert 2 < first < 60
+    launch("miniature_blip.yaml", "timed", "--ckpt_path=last", steps=config["steps"] + 2)
+    again, _ = read_run(run)
+    assert again["steps"] == config["steps"] + 2
+    assert again["train_seconds"] > first

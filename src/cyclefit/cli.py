@@ -20,7 +20,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver, _launch_process_observer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -316,6 +316,28 @@ def unwatched(trainer: L.Trainer) -> Iterator[None]:
             _launch_process_observer(trainer.strategy.launcher.procs)
 
 
+class TrainSeconds(Callback):
+    """Counts the seconds a run has trained, validation included, over all its parts; checkpoints hold them.
+
+    Lightning's own Timer would do, but a trainer that has one ignores `max_time`.
+    """
+
+    def __init__(self):
+        self.before, self.started = 0.0, None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        """Starts counting."""
+        self.started = time.monotonic()
+
+    def state_dict(self) -> dict:
+        """The seconds so far."""
+        return {"seconds": self.before + (time.monotonic() - self.started if self.started else 0.0)}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Goes on from them."""
+        self.before = state_dict["seconds"]
+
+
 class StopOnSignal(Callback):
     """A signal ends the fit after the optimizer step at hand, with a checkpoint.
 
@@ -465,7 +487,7 @@ class RunCLI(LightningCLI):
         best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         kept = [best, last] if monitor else [last]
-        self.trainer_defaults["callbacks"] = [self.stop, Timer(), *kept, *self._progress()]
+        self.trainer_defaults["callbacks"] = [self.stop, TrainSeconds(), *kept, *self._progress()]
         kwargs["plugins"] = [WholeCheckpoints(), *(self.config.trainer.plugins or [])]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # StopOnSignal saves and the batch script requeues; Lightning would do both within its signal handler.

@@ -246,7 +246,7 @@ def read_run(folder: Path, checkpoint: str = "last") -> tuple[dict, dict[str, Te
     parameters = dict(zip(names, tensors, strict=True))
     about = {"steps": state["global_step"], "folder": str(folder), "digest": digest(parameters)}
     with suppress(KeyError, TypeError, ValueError):
-        about["train_seconds"] = float(state["callbacks"]["Timer"]["time_elapsed"]["train"])
+        about["train_seconds"] = float(state["callbacks"]["TrainSeconds"]["seconds"])
     return config | about, parameters
 
 
