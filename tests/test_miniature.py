@@ -103,8 +103,9 @@ def test_pretraining_runs_stage_by_stage_and_resumes(tmp_path, monkeypatch, caps
     """Every stage with two steps on a few scenes: what it proves is that the command runs and continues."""
     from cyclefit.miniature import pretrain
 
-    small = {name: (min(count, 160), *rest) for name, (count, *rest) in scenes.SPLITS.items()}
-    monkeypatch.setattr(scenes, "SPLITS", small | {"pretrain": (300, *scenes.SPLITS["pretrain"][1:])})
+    small = {name: (min(count, 30), *rest) for name, (count, *rest) in scenes.SPLITS.items()}
+    large = {name: (300, *scenes.SPLITS[name][1:]) for name in ("pretrain", "captioner")}
+    monkeypatch.setattr(scenes, "SPLITS", small | large)
     monkeypatch.setattr(pretrain, "STEPS", dict(pretrain.STEPS))
     pretrain.world.cache_clear()
     pretrain.captions.cache_clear()

@@ -29,7 +29,8 @@ COMPLETED = {
 """Configs that are read on top of another one."""
 
 ZERO = {
-    "weight", "kl_weight", "text_weight", "image_text_weight", "likelihood_weight", "contrast", "min_timestep", "num_others", "warmup_steps",
+    "weight", "kl_weight", "text_weight", "image_text_weight", "likelihood_weight",
+    "contrast", "min_timestep", "num_others", "warmup_steps",
     "round_trip_images", "validation_images", "caption_dropout", "ema_decay", "label_smoothing", "num_workers",
     "shuffle_buffer", "max_bad_fraction", "seed", "min_new_tokens", "gallery", "weight_decay", "betas",
     "seed_everything", "fast_dev_run", "min_epochs", "min_steps", "limit_val_batches", "limit_test_batches",

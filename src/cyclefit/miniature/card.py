@@ -79,7 +79,7 @@ def quality(folder: Path, split: str, seed: int) -> dict[str, float]:
         with torch.no_grad():
             source, regenerated = scorer.embed_images(images), scorer.embed_images(made)
             texts = scorer.embed_texts(full)
-        retrieved = (texts[:100] @ source[:100].T).argmax(1) == torch.arange(100)
+        retrieved = (texts[:100] @ source[:100].T).argmax(1) == torch.arange(len(texts[:100]))
         result[f"{name}: recall at 1 of 100"] = 100 * retrieved.float().mean()
         result[f"{name}: similarity of drawn"] = (source * regenerated).sum(1).mean()
         result[f"{name}: similarity of shuffled"] = (source * regenerated.roll(1, 0)).sum(1).mean()
