@@ -210,7 +210,7 @@ def test_a_run_leaves_everything_in_its_folder(launch):
     state = checkpoint(run)
     assert state["state_dict"]
     assert all(name.startswith("captioner.model.text_decoder.") for name in state["state_dict"])
-    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 6_000_000, "frozen models are in the checkpoint"
+    assert (run / "checkpoints" / "last.ckpt").stat().st_size < 8_000_000, "frozen models are in the checkpoint"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["init_args"]["cycle"]["class_path"] == "cyclefit.cycles.SoftCaptionDenoising"
     assert list((run / "samples").glob("*.png"))
