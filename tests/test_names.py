@@ -167,7 +167,7 @@ def test_runs_and_groups_are_refused_before_anything_is_built(argument, what, tm
 @pytest.mark.parametrize("splits", [["test", ".."], ["a/b"], ["Test", "test"]])
 def test_splits_are_refused_before_anything_is_loaded(command, splits, world, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("cyclefit.captioners.Blip.__init__", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cyclefit.captioners.loading", lambda *_: pytest.fail("a model was loaded"))
     config = {"captions": "miniature_evaluate.yaml", "images": "miniature_evaluate_images.yaml"}[command]
     given = json.dumps(dict.fromkeys(splits, str(world / "test")))
     with pytest.raises(UserError, match="^the split name '"):
