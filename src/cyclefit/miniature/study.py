@@ -32,7 +32,6 @@ from cyclefit.runs import load_run
 from cyclefit.scorers import OpenClip
 
 PLAIN, SOFT, REWARD = "miniature_blip.yaml", "miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"
-EVALUATION = "miniature_evaluate.yaml"
 J = "--model.cycle.reward"
 ERROR = [f"{J}.log=false"]
 REGENERATION = [f"{J}=cyclefit.judges.Regeneration", f"{J}.steps=5", f"{J}.guidance_scale=3.0"]
@@ -188,21 +187,21 @@ def of_equal_length(runs: list[dict], others: list[dict]) -> tuple[list[dict], l
     return *kept, number
 
 
-def tabulate(results: dict[str, dict], seconds: dict[str, float], calls: dict[str, float]) -> str:
-    """The study as Markdown: by split and decoding truth, coverage, false captions and what they cost."""
+def tabulate(results: dict[str, dict], seconds: dict[str, float]) -> str:
+    """The study as Markdown: by split and decoding truth, coverage, false captions and the seconds of a run."""
     lines = []
     for split, by_decoding in results.items():
         for decoding, found in by_decoding.items():
             some = next(iter(found.values()))
             lines += ["", f"One {decoding} caption on {split}, {len(some[0]['checks'])} images:", ""]
             heads = ["finetuning", "seeds", "false captions %", "truth %", "coverage %", "CIDEr", "words"]
-            heads += ["held-out similarity", "s per run", "denoiser calls per step"]
+            heads += ["held-out similarity", "s per run"]
             lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
             for name, runs in found.items():
                 cells = [share(runs, what) for what in ("false captions", "truth", "coverage")]
                 cells += [f"{np.mean([run[w] for run in runs]):.{p}f}" for w, p in
                           (("CIDEr", 1), ("words", 1), ("held-out similarity", 3))]  # fmt: skip
-                cells += [f"{seconds[name]:.0f}" if name in seconds else "", f"{calls.get(name, 0):.0f}"]
+                cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
                 lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
             lines += ["", f"Right of those stated, in percent (stated per caption), {decoding}, {split}:", ""]
             kinds = KINDS[:-1]
@@ -230,22 +229,6 @@ def tabulate(results: dict[str, dict], seconds: dict[str, float], calls: dict[st
                     cells += [f"{against(*sides, w)} (n = {number})" for w in ("truth", "coverage")] if number else []
                     lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines).lstrip() + "\n"
-
-
-def tabulate_reranking(metrics: dict) -> str:
-    """The base model reranked by each judge, as Markdown."""
-    lines = ["", "The base model, the best of its candidates by each judge:", ""]
-    heads = ["split", "decoding", "false captions %", "truth %", "coverage %", "CIDEr", "words", "denoiser calls"]
-    lines += [f"| {' | '.join([*heads, 's per image'])} |", "| --- " * (len(heads) + 1) + "|"]
-    for split, result in metrics["splits"].items():
-        for row in (row for row in result["rows"] if row["model"] == "base"):
-            single = row["selection"] == "single"
-            names = ("false captions", "truth", "coverage", "CIDEr", "words")
-            cells = [f"{row['metrics'][name]['value']:.1f}" for name in names]
-            cells += [f"{row['denoiser_calls']:.0f}", f"{row['seconds']:.2f}"]
-            name = row["decoding"] if single else f"best by {row['selection']}"
-            lines.append(f"| {split} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def curve(runs: dict[str, list[Path]]) -> str:
@@ -312,9 +295,7 @@ def write_tables(out: Path, data: Path, variants: list[str]) -> None:
             for decoding in ("nucleus", "greedy")
         }
     seconds = {name: float(np.mean([float((r / "seconds.txt").read_text()) for r in of])) for name, of in runs.items()}
-    table = tabulate(results, seconds, {}) + curve(runs)
-    if (pool := out / "evaluation" / "metrics.json").exists():
-        table += tabulate_reranking(json.loads(pool.read_text()))
+    table = tabulate(results, seconds) + curve(runs)
     (out / "table.md").write_text(table)
     print(table)
 
