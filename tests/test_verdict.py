@@ -131,7 +131,7 @@ def test_there_is_no_verdict_without_something_to_compare():
 
 
 def test_facts_in_validation_are_those_of_all_samples():
-    captions, facts = ["a green cross", "a red star", "a blue dog"], [ONE, TWO, None]
+    captions, facts = ["a green cross", "a red star", "a circle", "a blue dog"], [ONE, TWO, TWO, None]
     metric = FactMetrics()
     metric.update(captions[:1], facts[:1])
     metric.update(captions[1:], facts[1:])

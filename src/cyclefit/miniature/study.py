@@ -1,8 +1,8 @@
 """The study behind docs/results.md: image cycles against plain finetuning and the image-text control, over seeds.
 
 `python -m cyclefit.miniature.study` finetunes with every variant and seed through `train.py`, captions the test and
-novel splits, holds every caption against the facts of its image, reranks the base model, and writes the tables. Runs
-that are complete are not repeated. Settings were chosen on validation with another seed.
+novel splits, holds every caption against the facts of its image, and writes the tables. Runs that are complete are not
+repeated. Settings were chosen on validation with another seed.
 """
 
 import argparse
