@@ -203,11 +203,15 @@ def tabulate(results: dict[str, dict], seconds: dict[str, float]) -> str:
                           (("CIDEr", 1), ("words", 1), ("held-out similarity", 3))]  # fmt: skip
                 cells.append(f"{seconds[name]:.0f}" if name in seconds else "")
                 lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
-            lines += ["", f"Right of those stated, in percent (stated per caption), {decoding}, {split}:", ""]
+            lines += [
+                "",
+                f"Right of those stated (stated rightly of those there), in percent, {decoding}, {split}:",
+                "",
+            ]
             kinds = KINDS[:-1]
             lines += [f"| finetuning | {' | '.join(kinds)} |", "| --- " * (len(kinds) + 1) + "|"]
             for name, runs in found.items():
-                cells = [f"{share(runs, 'truth', k)} ({counts(runs, 'truth', k)[1].mean():.2f})" for k in kinds]
+                cells = [f"{share(runs, 'truth', k)} ({share(runs, 'coverage', k)})" for k in kinds]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
             for other in ("plain", "image-text"):
                 if other not in found:
