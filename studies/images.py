@@ -71,7 +71,7 @@ def tabulate(found: dict[str, list[dict]], seconds: dict[str, float], split: str
         "truth %",
         *[f"{kind} %" for kind in kinds],
         *NUMBERS,
-        "s per run",
+        "CPU s per run",
     ]
     lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for name, runs in found.items():
