@@ -255,7 +255,8 @@ def test_a_caption_and_its_seed_make_the_loss_whatever_the_batch(name, weights):
         cycle.prepare(generator, Partners())
         seen, draw = [], cycle.draw
         cycle.draw = lambda *arguments, draw=draw, seen=seen: seen.append(draw(*arguments)) or seen[-1]
-        cycle(generator, Partners(), BATCH[rows], SEEDS[rows])
+        _, logs = cycle(generator, Partners(), BATCH[rows], SEEDS[rows])
+        assert logs["kl"] > 1e-6, "the start is the policy itself"
         losses.append([getattr(seen[0], part) for part in ("noised", "target", "step", "start")])
     whole, part = losses
     count = len(part[0])

@@ -90,7 +90,7 @@ class PolicyGradient(ImageCycle):
         self.inner_epochs = inner_epochs
         self.clip = clip
         self.start: Captioner | None = None
-        self._rollouts = Kept(inner_epochs)
+        self._kept = Kept(inner_epochs)
 
     @property
     @override
@@ -115,7 +115,7 @@ class PolicyGradient(ImageCycle):
     ) -> tuple[Float[Tensor, "m"], dict[str, Tensor]]:
         count, samples = self.num_images or len(reading.images), self.decoding.num_samples
         images, features, seeds = reading.images[:count], reading.features[:count], seeds[:count]
-        rollout = self._rollouts.get(seeds, lambda: self._sample(captioner, partners, images, features, seeds))
+        rollout = self._kept.get(seeds, lambda: self._sample(captioner, partners, images, features, seeds))
         tokens, logs = rollout.tokens, dict(rollout.logs)
         mask = captioner.mask(tokens)
         log_probs, kl = self._log_probs(captioner, features.repeat(samples), tokens)
