@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,12 +28,15 @@ from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
 from cyclefit.miniature import WEIGHTS
 from cyclefit.models import Decoding, OpenClip
 from cyclefit.models.pretrained import freeze
+from cyclefit.records import IMAGE_TEXT, LOG_DENOISING
 from cyclefit.rerank import sample_seed
 from cyclefit.runs import load_run
 from studies.pretrain.card import models
 
 PLAIN, SOFT, REWARD = "miniature_blip.yaml", "miniature_cycle_blip.yaml", "miniature_cycle_blip_reward.yaml"
+DPO = "miniature_dpo_blip.yaml"
 J = "--model.cycle.reward"
+EPOCHS = "--model.cycle.inner_epochs=2"
 ERROR = [f"{J}.log=false"]
 REGENERATION = [f"{J}=cyclefit.judges.Regeneration", f"{J}.steps=5", f"{J}.guidance_scale=3.0"]
 PARTS = [
@@ -50,6 +54,10 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "regeneration": (REWARD, REGENERATION),
     "regeneration, latents": (REWARD, [*REGENERATION, f"{J}.latents=true"]),
     "log denoising + image-text": (REWARD, [f"{J}=cyclefit.judges.Sum", f"{J}.judges={json.dumps(PARTS)}"]),
+    "log denoising, two inner epochs": (REWARD, [EPOCHS]),
+    "image-text, two inner epochs": (REWARD, [f"{J}=cyclefit.judges.ImageText", "--model.cycle.weight=2", EPOCHS]),
+    "DPO, log denoising": (DPO, []),
+    "DPO, image-text": (DPO, []),
     "soft captions": (SOFT, []),
     "soft captions, contrast, straight-through, sampled": (
         SOFT,
@@ -57,6 +65,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
+JUDGES = {"DPO, log denoising": LOG_DENOISING, "DPO, image-text": IMAGE_TEXT}
+"""Who chooses the pairs of a variant that learns from pairs."""
 OVERLAYS: dict[str, tuple[list[str], list[str]]] = {
     # name of a pair: configs read after those of the variants, in training and in evaluation
     "first": ([], []),
@@ -94,6 +104,21 @@ def evaluate(
     command += [f"--shards={json.dumps({split: str(path) for split, path in shards.items()})}"]
     subprocess.run([*command, f"--num_candidates={number}", "--out", str(out)], check=True)
     return out
+
+
+def ranked(direction: str, out: Path, config: list[str], data: Path, judges: Iterable[str]) -> dict[str, Path]:
+    """Pairs for DPO by judge: the best and the worst of the base model's ten candidates for each finetuning sample."""
+    folder, made = out / "ranked", {}
+    for judge in judges:
+        made[judge] = out / f"pairs-{slug(judge)}"
+        if made[judge].exists():
+            continue
+        evaluate(direction, folder, config, [], {"finetune": data / "finetune"}, 10)
+        command = [sys.executable, "-m", "cyclefit.data", "pairs", "--evaluation", str(folder), "--split", "finetune"]
+        command += ["--direction", direction, "--judge", judge, "--out", str(made[judge])]
+        shards = ["--shards", str(data / "finetune")] if direction == "captions" else []
+        subprocess.run([*command, *shards], check=True)
+    return made
 
 
 def slug(variant: str) -> str:
@@ -286,11 +311,17 @@ def main() -> None:
 def study(variants: dict[str, tuple[str, list[str]]], out: Path, data: Path, seeds: int, pair: str = "first") -> None:
     """Finetunes with every variant and seed, captions the test and novel splits with every run, writes the tables."""
     out.mkdir(parents=True, exist_ok=True)
-    overlay, _ = OVERLAYS[pair]
+    overlay, of_evaluation = OVERLAYS[pair]
+    judges = {LOG_DENOISING: PARTS[0], IMAGE_TEXT: PARTS[1]}
+    config = ["--config", "miniature_evaluate.yaml", *of_evaluation, f"--judges={json.dumps(judges)}"]
+    asked = {JUDGES[name] for name in variants if name in JUDGES}
+    pairs = ranked("captions", out, config, data, sorted(asked))
 
     def job(name: str, seed: int):
         config, overrides = variants[name]
         overrides = [*overlay, *overrides, "--model.round_trip_images=0"]
+        if name in JUDGES:
+            overrides.append(f"--data.train={pairs[JUDGES[name]]}")
 
         def run() -> Path:
             made = train_run(out, f"{slug(name)}-{seed}", config, overrides, seed)

@@ -15,7 +15,9 @@ import numpy as np
 from cyclefit.metrics.facts import KINDS, FactCheck
 from cyclefit.records import (
     FALSE,
+    IMAGE_TEXT,
     SINGLE,
+    TEXT_CYCLE,
     TRUTH,
     Candidate,
     Evaluation,
@@ -23,9 +25,24 @@ from cyclefit.records import (
     read_candidates,
     read_evaluation,
 )
-from studies.captions import OVERLAYS, against, counts, difference, evaluate, share, slug, together, train_run
+from studies.captions import (
+    OVERLAYS,
+    J,
+    against,
+    counts,
+    difference,
+    evaluate,
+    ranked,
+    share,
+    slug,
+    together,
+    train_run,
+)
 
 CYCLE = "miniature_cycle_sd.yaml"
+POLICY = "miniature_sd_policy.yaml"
+DPO = "miniature_dpo_sd.yaml"
+NFT = ["--model.cycle=cyclefit.cycles.DiffusionNFT", "--model.cycle.num_images=8"]
 EVALUATION = "miniature_evaluate_images.yaml"
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     # name: (config, overrides)
@@ -36,8 +53,16 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     ),
     "truncated, K = 2": (CYCLE, []),
     "truncated, K = 1": (CYCLE, ["--model.cycle.grad_steps=1"]),
+    "policy gradient, text cycle": (POLICY, []),
+    "policy gradient, CLIP's reward": (POLICY, [f"{J}=cyclefit.judges.ImageText"]),
+    "NFT, text cycle": (POLICY, [*NFT, f"{J}=cyclefit.judges.CaptionLikelihood", f"{J}.contrastive=true"]),
+    "NFT, CLIP's reward": (POLICY, [*NFT, f"{J}=cyclefit.judges.ImageText"]),
+    "DPO, text cycle": (DPO, []),
+    "DPO, CLIP's reward": (DPO, []),
     "one step, t < 300": (CYCLE, ["--model.cycle=cyclefit.cycles.OneStepCaptioning", "--model.cycle.weight=0.1"]),
 }
+JUDGES = {"DPO, text cycle": TEXT_CYCLE, "DPO, CLIP's reward": IMAGE_TEXT}
+"""Who chooses the pairs of a variant that learns from pairs."""
 NUMBERS = {
     "image similarity (clip-heldout)": 3,
     "image-text similarity (clip-heldout)": 3,
@@ -132,16 +157,20 @@ def study(
     """
     overlay, of_evaluation = OVERLAYS[pair]
     out.mkdir(parents=True, exist_ok=True)
+    config = ["--config", EVALUATION, *of_evaluation]
+    asked = {JUDGES[name] for name in variants if name in JUDGES}
+    chosen = ranked("images", out, config, data, sorted(asked))
 
     def job(name: str, seed: int):
         config, overrides = variants[name]
         overrides = [*overlay, *overrides, "--model.validation_images=0"]
+        if name in JUDGES:
+            overrides.append(f"--data.train={chosen[JUDGES[name]]}")
         return lambda: train_run(out, f"{slug(name)}-{seed}", config, overrides, seed)
 
     pairs = [(name, seed) for seed in range(1, seeds + 1) for name in variants]
     runs = together([job(name, seed) for name, seed in pairs], "finetuning")
     splits = {split: data / split for split in ("test", "novel")}
-    config = ["--config", EVALUATION, *of_evaluation]
     folder = evaluate("images", out / "evaluation", config, runs, splits, candidates)
     lines = []
     for split in splits:
