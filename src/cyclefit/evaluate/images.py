@@ -90,6 +90,7 @@ class Images(Evaluate):
         self.judges = judges or {TEXT_CYCLE: TextCycle(max_new_tokens), IMAGE_TEXT: ImageText()}
         self.held_out, self.reader, self.max_new_tokens = held_out, reader, max_new_tokens
         self.about = {"held_out": held_out.name if held_out is not None else None}
+        self.about["further_scorers"] = ", ".join(one.name for one in self.further.values()) or None
         self.oracle, self.quality = f"image similarity ({scorer.label})", f"image similarity ({held})"
         labels = dict.fromkeys([held, scorer.label, *self.scorers])
         similarities = [f"image similarity ({label})" for label in labels]
