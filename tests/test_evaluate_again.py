@@ -232,6 +232,9 @@ def test_every_setting_counts(kind, project, world, captioner, generator, scorer
     assert depends() == first
     other = OTHER | {"shards": {"test": str(world / "novel")}, "judges": {"image-text": ImageText()}}
     other |= {name: _other(model) for name, model in (models | more).items()}
+    further = copy.deepcopy(scorer)
+    further.name = "another"
+    other["further_scorers"] = [further]
     own, common = (inspect.signature(of).parameters for of in (KINDS[kind], evaluate.Evaluate))
     for name in own.keys() | common.keys():
         if name not in WITHOUT_INFLUENCE | {"common"}:

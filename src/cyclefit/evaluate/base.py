@@ -15,7 +15,7 @@ from cyclefit.config.ranges import Count, Natural, Seed
 from cyclefit.data import Shards
 from cyclefit.evaluate.analyses import Chosen, Samples
 from cyclefit.evaluate.common import CandidateFile
-from cyclefit.judges import Judge, Partners
+from cyclefit.judges import Judge, Partners, Regeneration
 from cyclefit.metrics.metric import Metric
 from cyclefit.models import Captioner, Generator, Scorer
 from cyclefit.records import IMAGE_TEXT, ORACLE, SINGLE, Candidate, Estimate, Kind, Split
@@ -170,11 +170,17 @@ class Evaluate(ABC):
         return name == "base" or self.rerank_runs
 
     def judges_of(self, name: str) -> dict[str, Judge]:
-        """Of a model that is not reranked those of the round trip, which its table shows, and of the runs' rewards."""
+        """Of a model that is not reranked those of round trips, which its table shows, and of the runs' rewards."""
         if self.reranked(name):
             return self.judges
-        names = (self.cycle, IMAGE_TEXT, *self.rewards)
+        names = (self.cycle, IMAGE_TEXT, *self.reconstructions, *self.rewards)
         return {judge: self.judges[judge] for judge in names if judge in self.judges}
+
+    @property
+    def reconstructions(self) -> list[str]:
+        """The judges that compare redrawn images with their sources by their own scorer: metrics of every model."""
+        round_trips = {name: judge for name, judge in self.judges.items() if isinstance(judge, Regeneration)}
+        return [name for name, judge in round_trips.items() if judge.scorer is not None and name != self.cycle]
 
     def num_others(self, name: str) -> int:
         """How many other inputs the judges of a model contrast an input with, at most."""

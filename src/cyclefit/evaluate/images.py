@@ -1,5 +1,6 @@
 """Evaluation of generators: every model draws the same prompts."""
 
+from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cyclefit.files import safe_name
 from cyclefit.judges import ImageText, Judge, Partners, TextCycle
 from cyclefit.metrics.captions import References
 from cyclefit.metrics.facts import check, summarize
-from cyclefit.metrics.images import features, inception, inception_distances
+from cyclefit.metrics.images import cmmd, features, inception, inception_distances
 from cyclefit.metrics.reader import SceneReader
 from cyclefit.models import Captioner, Generator, Scorer
 from cyclefit.models.pretrained import freeze
@@ -42,6 +43,7 @@ class Images(Evaluate):
         captioner: frozen, before finetuning: captions the images for the text cycle.
         scorer: CLIP, which judges candidates.
         held_out: a second scorer, on which nothing is trained and which chooses nothing.
+        further_scorers: scorers that only measure, such as DINOv2, which embeds images alone, or CMMD's own CLIP.
         reader: reads the facts of drawn images, which the prompts' statements are held against.
         out: the folder of the evaluation.
         judges: rerankers by name; the text cycle and image-text if not given.
@@ -62,6 +64,7 @@ class Images(Evaluate):
         captioner: Captioner,
         scorer: Scorer,
         held_out: Scorer | None = None,
+        further_scorers: list[Scorer] | None = None,
         reader: SceneReader | None = None,
         out: str = "runs/image_evaluation",
         judges: dict[str, Judge] | None = None,
@@ -72,13 +75,25 @@ class Images(Evaluate):
         self.scorers = {one.label: one for one in (scorer, held_out) if one is not None}
         if held_out is not None and len(self.scorers) == 1:
             raise UserError(f"the held-out scorer is {scorer.name}, as the scorer is: give another one, or none")
+        for name, one in (("scorer", scorer), ("held_out", held_out)):
+            if one is not None and "texts" not in one.reads:
+                raise UserError(f"{name}: {one.name} embeds no texts: give a CLIP, and this one in further_scorers")
+        *_, held = self.scorers
+        self.further = {}
+        for one in further_scorers or []:
+            if "images" not in one.reads or one.label in self.scorers | self.further:
+                why = "is given twice" if "images" in one.reads else "embeds no images"
+                raise UserError(f"further_scorers: {one.name} {why}: leave it out")
+            self.further[one.label] = one
+        self.scorers |= self.further
         self.base, self.partners = generator, Partners(scorer=scorer, captioner=captioner)
         self.judges = judges or {TEXT_CYCLE: TextCycle(max_new_tokens), IMAGE_TEXT: ImageText()}
         self.held_out, self.reader, self.max_new_tokens = held_out, reader, max_new_tokens
         self.about = {"held_out": held_out.name if held_out is not None else None}
-        *_, held = self.scorers
+        self.about["further_scorers"] = ", ".join(one.name for one in self.further.values()) or None
         self.oracle, self.quality = f"image similarity ({scorer.label})", f"image similarity ({held})"
-        similarities = [f"image similarity ({label})" for label in reversed(self.scorers)]
+        labels = dict.fromkeys([held, scorer.label, *self.scorers])
+        similarities = [f"image similarity ({label})" for label in labels]
         self.compared = [*similarities, "CIDEr", f"image-text similarity ({held})"]
         self.columns = [
             ("truth %", TRUTH, 1),
@@ -94,6 +109,7 @@ class Images(Evaluate):
     def depends(self, name, model):
         models = {"captioner": self.partners.captioner, "scorer": self.partners.scorer}
         models |= {"held_out": self.held_out, "reader": self.reader, "generator": model}
+        models |= self.further
         return {
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,  # what is retrieved is chosen among all prompts
@@ -119,7 +135,10 @@ class Images(Evaluate):
         # What retrieval chooses among: the prompts without repetition.
         self.place = {prompt: i for i, prompt in enumerate(dict.fromkeys(of[0] for of in inputs.references.values()))}
         with torch.no_grad():
-            self.texts = {label: one.embed_texts(list(self.place)).cpu() for label, one in self.scorers.items()}
+            self.texts = {
+                label: one.embed_texts(list(self.place)).cpu()
+                for label, one in self.scorers.items() if "texts" in one.reads
+            }  # fmt: skip
 
     @override
     def sample(self, inputs, name, model, batch, others):
@@ -168,11 +187,14 @@ class Images(Evaluate):
         own = torch.tensor([self.place[prompt] for prompt in prompts])
         values = {NLL: -likelihood.cpu()}
         for label, scorer in self.scorers.items():
-            embedded, said = scorer.embed_images(images).cpu(), scorer.embed_texts(captions).cpu()
+            embedded = scorer.embed_images(images).cpu()
+            values[f"image similarity ({label})"] = (embedded * inputs.images[label][places]).sum(-1)
+            if label not in self.texts:
+                continue
+            said = scorer.embed_texts(captions).cpu()
             similarities = embedded @ self.texts[label].T
             matched = similarities.gather(1, own[:, None])
             rank = (similarities > matched).sum(1)
-            values[f"image similarity ({label})"] = (embedded * inputs.images[label][places]).sum(-1)
             values[f"image-text similarity ({label})"] = matched[:, 0]
             values[f"text similarity ({label})"] = (said * self.texts[label][own]).sum(-1)
             values |= {f"R@{k} ({label})": 100 * (rank < k).float() for k in (1, 5)}
@@ -214,27 +236,41 @@ class Images(Evaluate):
 
     @override
     def finish(self, files, inputs, results, chosen):
-        note = self._add_distances(results, chosen)
+        device = self.fabric.device
+        for label, scorer in self.scorers.items():
+            self._add_distances(
+                results, chosen, lambda pixels, scorer=scorer: scorer.embed_images(pixels.to(device) / 255),
+                lambda real, drawn, label=label: {f"CMMD ({label})": cmmd(real, drawn)},
+            )  # fmt: skip
+        fewest = min(result.num_images for result in results.values())
+        note = f"over {fewest} images or more, torchmetrics" + (", biased upwards on so few" if fewest < 2048 else "")
+        if fewest < 2:
+            note = "not computed, because they need two images: raise limit"
+        else:
+            try:
+                network = inception().to(device)
+            except UserError as error:
+                note = f"not computed, because {error}"
+            else:
+                self._add_distances(results, chosen, lambda pixels: network(pixels.to(device)), inception_distances)
         print(f"FID and KID: {note}")
         return {"FID": note}
 
-    def _add_distances(self, results: dict[str, Split], chosen: dict[str, Chosen]) -> str:
-        """Adds FID and KID to the rows of every split; returns what was done, or why not and the way out."""
-        fewest = min(result.num_images for result in results.values())
-        if fewest < 2:
-            return "not computed, because they need two images: raise limit"
-        try:
-            network = inception().to(self.fabric.device)
-        except UserError as error:
-            return f"not computed, because {error}"
+    def _add_distances(
+        self,
+        results: dict[str, Split],
+        chosen: dict[str, Chosen],
+        embed: Callable[[Tensor], Tensor],
+        distances: Callable[[Tensor, Tensor], dict[str, float]],
+    ) -> None:
+        """Adds distances between all reference images and those of each row to the rows; they have no interval."""
         for split, result in results.items():
             picked = [chosen[split][row.name] for row in result.rows]
             sources = [f"images/{split}/source/{safe_name(one.key)}.png" for one in picked[0]]
             names = list(dict.fromkeys([*sources, *(one.image for kept in picked for one in kept)]))
-            extracted = features(network, [Path(self.folder, name) for name in names])
+            extracted = features(embed, [Path(self.folder, name) for name in names])
             place = {name: i for i, name in enumerate(names)}
             real = extracted[[place[name] for name in sources]]
             for row, kept in zip(result.rows, picked, strict=True):
-                distances = inception_distances(real, extracted[[place[one.image] for one in kept]])
-                row.metrics |= {name: Estimate(value) for name, value in distances.items()}
-        return f"over {fewest} images or more, torchmetrics" + (", biased upwards on so few" if fewest < 2048 else "")
+                found = distances(real, extracted[[place[one.image] for one in kept]])
+                row.metrics |= {name: Estimate(value) for name, value in found.items()}

@@ -27,14 +27,15 @@ def results(
     by_model = {name: {key: [] for key in inputs.references} for name in models}
     for one in candidates:
         by_model[one.model][one.key].append(one)
+        one.metrics |= {name: one.scores[name] for name in evaluation.reconstructions}
     rows, chosen, pools = [], {}, {}
-    facts = candidates[0].facts is not None
+    facts, further = candidates[0].facts is not None, (*evaluation.metrics, *evaluation.reconstructions)
 
     def add(model: str, decoding: str, selection: str, samples: Samples, picked: list[Candidate]) -> None:
         kinds = {kind: KindFacts(**of) for kind, of in by_kind(checks(picked)).items()} if facts else None
         costs = evaluation.cost(samples, decoding, selection)
         metrics = evaluation.summary(picked, samples, selection, inputs)
-        metrics |= {name: estimate([one.metrics[name] for one in picked]) for name in evaluation.metrics}
+        metrics |= {name: estimate([one.metrics[name] for one in picked]) for name in further}
         rows.append(Row(model, metrics, decoding, selection, *costs, kinds))
         chosen[rows[-1].name] = picked
 
@@ -60,13 +61,14 @@ def _analyses(
     told = evaluation.analysed(rankings, facts)
     pairs = [(a, b) for a, b in pairs if a in chosen and b in chosen]
     single, judge, base = evaluation.singles[0], next(iter(evaluation.judges)), next(iter(chosen.values()))
-    compared = [*(*evaluation.shares, FALSE[evaluation.kind]) * facts, *evaluation.compared, *evaluation.metrics]
+    compared = [*(*evaluation.shares, FALSE[evaluation.kind]) * facts, *evaluation.compared]
+    compared += [*evaluation.metrics, *evaluation.reconstructions]
     gained = [*evaluation.shares * facts, *evaluation.gained(base[0])]
     return Split(
         rows,
         len(base),
         [difference(metric, a, b, chosen) for a, b in pairs
-         for metric in (*compared, *_both_scored(evaluation.rewards, chosen[a], chosen[b]))],
+         for metric in dict.fromkeys((*compared, *_both_scored(evaluation.rewards, chosen[a], chosen[b])))],
         [parts(a, b, chosen, evaluation.shares) for a, b in pairs if facts],
         [difference(metric, joined(model, ranker), joined(model, single), chosen)
          for model, ranker, _ in rankings for metric in gained],

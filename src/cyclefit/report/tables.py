@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from cyclefit.records import ORACLE, Analysis, Difference, Estimate, Row, Split
+from cyclefit.records import FALSE, ORACLE, Analysis, Difference, Estimate, Row, Split
 
 NO_DIRECTION = {"words", "length"}
-LOWER_IS_BETTER = {"FID", "KID", "captioner NLL", "self-BLEU", "CHAIRi", "CHAIRs", "false captions", "false images"}
+LOWER_IS_BETTER = {"FID", "KID", "CMMD", "captioner NLL", "self-BLEU", "CHAIRi", "CHAIRs", *FALSE.values()}
 CORRELATIONS = ("pearson", "spearman", "within")
 COSTS = ("generator_calls", "denoiser_calls", "seconds")
 NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -16,8 +16,13 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 def is_percentage(metric: str) -> bool:
     """Whether a metric is on the scale of 100 that papers print, and written with one decimal."""
-    names = ("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "R@", "self-BLEU", "CHAIR", "object recall")
+    names = ("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "CAPTURE", "R@", "self-BLEU", "CHAIR", "object recall")
     return metric.startswith((*names, "truth", "coverage", "false captions", "false images"))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better, under whatever scorer."""
+    return metric.partition(" (")[0] in LOWER_IS_BETTER
 
 
 def metric_names(rows: Iterable) -> list[str]:
@@ -99,7 +104,7 @@ def reading(difference: Difference) -> str:
     size = number(abs(value), metric, 0 if wide else None)
     if metric in NO_DIRECTION:
         return f"{a} has {size} {'more' if value > 0 else 'fewer'} {metric} than {b}, {interval}{under}."
-    verb = "beats" if (value > 0) != (metric in LOWER_IS_BETTER) else "falls behind"
+    verb = "beats" if (value > 0) != lower_is_better(metric) else "falls behind"
     noun = "" if metric[:1].isupper() else " in"
     return f"{a} {verb} {b} by {size}{noun} {metric}, {interval}{under}."
 
@@ -109,7 +114,7 @@ def best_value(rows: list[Row], metric: str) -> float | None:
     found = [row.metrics[metric].value for row in rows if row.selection != ORACLE and metric in row.metrics]
     if metric in NO_DIRECTION:
         return None
-    best = min if metric in LOWER_IS_BETTER else max
+    best = min if lower_is_better(metric) else max
     return best((value for value in found if value is not None), default=None)
 
 
