@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import sys
 from functools import cache
 from typing import get_args, get_origin
@@ -37,7 +38,7 @@ ZERO = {
     "shuffle_buffer", "max_bad_fraction", "seed", "min_new_tokens", "gallery", "weight_decay", "betas",
     "seed_everything", "fast_dev_run", "min_epochs", "min_steps", "limit_val_batches", "limit_test_batches",
     "limit_predict_batches", "overfit_batches", "num_sanity_val_steps", "gradient_clip_val", "old_decay",
-    "reward_images",
+    "reward_images", "alpha",
     "reload_dataloaders_every_n_epochs",
 }  # fmt: skip
 """Numbers of which 0 says something."""
@@ -71,7 +72,7 @@ def parsers(monkeypatch):
     monkeypatch.setattr(cli, "parse", keep("train"))
     with pytest.raises(Parsed):
         cli.train([])
-    for command in ("captions", "images", "score"):
+    for command in ("captions", "images", "judges", "score"):
         monkeypatch.setattr("cyclefit.config.settings.parse", keep(command))
         with pytest.raises(Parsed):
             evaluate.main([command])
@@ -87,7 +88,8 @@ def configs():
     for path in sorted(paths, key=lambda p: (p.name != "miniature_blip.yaml", p.name)):
         under = [f"--config={whole}" for start, whole in COMPLETED.items() if path.name.startswith(start)]
         text = path.read_text()
-        command = "train" if "\nmodel:" in text else "images" if "evaluate.py images" in text else "captions"
+        named = re.search(r"evaluate.py (images|judges)", text)
+        command = "train" if "\nmodel:" in text else named[1] if named else "captions"
         read[path.name] = command, resolve_configs([*under, f"--config={path}"])
     return read
 
