@@ -38,7 +38,7 @@ ZERO = {
     "shuffle_buffer", "max_bad_fraction", "seed", "min_new_tokens", "gallery", "weight_decay", "betas",
     "seed_everything", "fast_dev_run", "min_epochs", "min_steps", "limit_val_batches", "limit_test_batches",
     "limit_predict_batches", "overfit_batches", "num_sanity_val_steps", "gradient_clip_val", "old_decay",
-    "reward_images", "alpha",
+    "reward_images",
     "reload_dataloaders_every_n_epochs",
 }  # fmt: skip
 """Numbers of which 0 says something."""
@@ -147,7 +147,7 @@ def allowed(key, value):
     if value < 0:
         return value == -1 and key in MINUS_ONE
     if value == 0:
-        return name in ZERO
+        return name in ZERO or (name == "alpha" and "judges" in key)  # of a likelihood, not of LoRA
     if name == "num_samples" and value == 1:
         return None  # of a decoding, not of a policy gradient
     return not (value > AT_MOST.get(name, math.inf) or value >= BELOW.get(name, math.inf))

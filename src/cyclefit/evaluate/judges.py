@@ -290,7 +290,7 @@ def _trial(examples: list[Example], candidates: list[Candidate], trusted: Leaves
                 counts[label] = len(of)
         leaves = list(_leaves(name, judge))
         cost = np.mean([[_cost(of, partners, one) for one in examples] for _, of in leaves], 1).sum(0)
-        taken = sum(float(np.mean(seconds[leaf])) for leaf, _ in leaves)
+        taken = sum(float(np.median(seconds[leaf])) for leaf, _ in leaves)  # the first batch warms up
         rows.append(Row(name, accuracies, "", "", *map(float, cost), taken))
     return Trial(rows, chance, counts)
 
