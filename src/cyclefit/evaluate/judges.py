@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,16 +74,21 @@ def judges(
 
     """
     started = time.perf_counter()
-    scorers, partners = scorers or {}, Partners(generator, next(iter((scorers or {}).values()), None), captioner)
-    trusted: Leaves = {name: (ImageText(), Partners(scorer=scorer)) for name, scorer in scorers.items()}
-    if twice := trusted.keys() & (judges or {}).keys():
+    scorers = scorers or {}
+    partners = Partners(generator, next(iter(scorers.values()), None), captioner)
+    on_trial: Leaves = {name: (ImageText(), Partners(scorer=scorer)) for name, scorer in scorers.items()}
+    if twice := on_trial.keys() & (judges or {}).keys():
         raise UserError(f"a judge and a scorer are both called {min(twice)}: rename one")
-    trusted |= {name: (judge, partners) for name, judge in (judges or {}).items()}
-    leaves = {leaf: (of, own) for name, (judge, own) in trusted.items() for leaf, of in _leaves(name, judge)}
+    on_trial |= {name: (judge, partners) for name, judge in (judges or {}).items()}
+    leaves = {leaf: (of, own) for name, (judge, own) in on_trial.items() for leaf, of in _leaves(name, judge)}
     _check(leaves)
     fabric = launch(devices, num_nodes)
-    depends = {name: _depends(judge, own) | {"seed": seed, "image_size": image_size}
-               for name, (judge, own) in leaves.items()}  # fmt: skip
+    of_model = cache(digest)
+    depends = {
+        name: {"seed": seed, "image_size": image_size, "judge": digest(judge)}
+        | {partner: of_model(getattr(own, partner)) for partner in judge.needs}
+        for name, (judge, own) in leaves.items()
+    }
     own = [scorer for judge, _ in leaves.values() if (scorer := getattr(judge, "scorer", None)) is not None]
     for model in (generator, captioner, *scorers.values(), *own):
         if model is not None:
@@ -104,7 +110,7 @@ def judges(
     trials = {}
     for name, file in files.items():
         file.merge(leaves, list(map(_key, chosen[name])))
-        trials[name] = _trial(chosen[name], file.candidates, trusted)
+        trials[name] = _trial(chosen[name], file.candidates, on_trial)
     metadata = {
         "seed": seed,
         "image size": image_size,
@@ -114,7 +120,7 @@ def judges(
         "commands": [shlex.join(["python", *sys.argv])],
         "seconds": round(time.perf_counter() - started),
     }
-    page = write_trials(Path(out), trials, {name: judge.describe() for name, (judge, _) in trusted.items()}, metadata)
+    page = write_trials(Path(out), trials, {name: judge.describe() for name, (judge, _) in on_trial.items()}, metadata)
     _print(trials)
     print(f"report: {page}")
     return 0
@@ -139,10 +145,6 @@ def _check(leaves: Leaves) -> None:
                 key = "scorers" if partner == "scorer" else partner
                 raise UserError(f"judges.{name}: {type(judge).__name__} needs a {partner}: set {key}")
         judge.check(partners)
-
-
-def _depends(judge: Judge, partners: Partners) -> dict[str, str]:
-    return {"judge": digest(judge)} | {name: digest(getattr(partners, name)) for name in judge.needs}
 
 
 def _digest_of_examples(examples: list[Example]) -> str:
@@ -263,7 +265,7 @@ class Scoring:
         return found
 
 
-def _trial(examples: list[Example], candidates: list[Candidate], trusted: Leaves) -> Trial:
+def _trial(examples: list[Example], candidates: list[Candidate], on_trial: Leaves) -> Trial:
     """The table of a benchmark."""
     by_key, rows = {_key(one): one for one in examples}, []
     scores: dict[str, dict[str, list[float]]] = {}
@@ -278,7 +280,7 @@ def _trial(examples: list[Example], candidates: list[Candidate], trusted: Leaves
     kinds = _by_kind(examples)
     kinds |= {"all": examples} if len(kinds) > 1 else {}
     chance, counts = {}, {}
-    for name, (judge, partners) in trusted.items():
+    for name, (judge, partners) in on_trial.items():
         total = dict(zip(by_key, _total(name, judge, shaped), strict=True))
         correct = {key: by_key[key].correct(of.tolist()) for key, of in total.items()}
         accuracies = {}
