@@ -13,9 +13,10 @@ from PIL import Image
 
 from cyclefit import UserError, evaluate
 from cyclefit.data.hard_negatives import Aro, Cola, Example, SugarCrepe, WhatsUp, Winoground, load_image
-from cyclefit.judges import Denoising, Likelihood, Partners
+from cyclefit.judges import Denoising, Function, Likelihood, Partners, Sum
 from cyclefit.miniature.negatives import Miniature, negatives, pairs
 from cyclefit.miniature.scenes import render
+from cyclefit.rerank import sample_seed
 from tests.conftest import ROOT
 from tests.own_judges import Longest
 from tests.probes import ended, forked
@@ -169,7 +170,10 @@ def test_likelihood_less_that_without_the_image(models):
     assert torch.allclose(prior, again[0] - again[1], atol=1e-3)
     alone = Likelihood(alpha=1.0).score(models, images[1:2], rows[1:2], [0])
     assert torch.allclose(alone, whole[1:2], atol=1e-3)
-    assert (prior < 0).all()
+    noise = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    empty = captioner.embed((0.5 + 0.25 * noise).clamp(0, 1))
+    tokens = captioner.tokenize([rows[0][1]] * 3)
+    assert torch.allclose(prior[0, 1], captioner.log_prob(empty, tokens).exp().mean().log(), atol=1e-3)
     assert (prior < plain).all(), "the image makes its captions likelier"
 
 
@@ -241,7 +245,7 @@ def lines(folder, name):
     return [json.loads(line) for line in (folder / f"candidates-{name}.jsonl").read_text().splitlines()]
 
 
-def test_judges_on_trial(tmp_path, monkeypatch, capsys):
+def test_judges_on_trial(models, tmp_path, monkeypatch, capsys):
     """Accuracies are those of the scores in the file; batches, ranks and interruptions make no difference."""
     winoground(tmp_path / "data")
     monkeypatch.chdir(ROOT)
@@ -268,6 +272,10 @@ def test_judges_on_trial(tmp_path, monkeypatch, capsys):
     for line in lines(one, "groups"):
         scores.setdefault(line["model"], {}).setdefault(line["key"], []).append(*line["scores"].values())
     assert {len(values) for of in scores.values() for values in of.values()} == {4}
+    example = Winoground(str(tmp_path / "data")).examples[0]
+    images = torch.stack([load_image(image, 32) for image in example.images])
+    expected = Denoising(num_timesteps=1).score_across(models, images, [example.texts] * 2, [sample_seed("0")] * 2)
+    assert scores["denoising"]["Object/0"] == pytest.approx(expected.flatten().tolist(), rel=1e-2, abs=1e-5)
     right = [(a > b and d > c, a > c and d > b) for a, b, c, d in scores["denoising"].values()]
     accuracies = {name: of["value"] for name, of in rows["denoising"]["metrics"].items()}
     assert accuracies["all, text"] == pytest.approx(100 * np.mean([text for text, _ in right]))
@@ -322,6 +330,27 @@ def test_mistakes(more, message, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", command[1:])
     with pytest.raises(UserError, match=message):
         evaluate.main(command[2:])
+
+
+def test_a_sum_is_that_of_one_batch():
+    """Its parts are scored apart and added afterwards, on the scale that they have over all examples."""
+    from cyclefit.evaluate.judges import _leaves, _total
+
+    scores = {"small": torch.rand(5, 3) / 100, "large": 50 * torch.rand(5, 3)}
+
+    def small(*_):
+        return scores["small"]
+
+    def large(*_):
+        return scores["large"]
+
+    judge = Sum([Function(small), Sum([Function(large), Function(small)], [2.0, 1.0])], [1.0, 0.5])
+    leaves = dict(_leaves("sum", judge))
+    assert list(leaves) == ["sum: small", "sum: Sum: large", "sum: Sum: small"]
+    parts = {name: [row[None].numpy() for row in scores[of.label]] for name, of in leaves.items()}
+    found = np.concatenate(_total("sum", judge, parts))
+    expected = judge.score(None, torch.rand(5, 3, 2, 2), [["a", "b", "c"]] * 5, [0] * 5).numpy()
+    assert found - found.mean(1, keepdims=True) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_judge_without_a_baseline_compares_images_directly():

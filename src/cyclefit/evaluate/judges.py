@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cyclefit import UserError
 from cyclefit.config.ranges import Count, Seed
@@ -323,9 +323,11 @@ def _cost(judge: Judge, partners: Partners, example: Example) -> tuple[float, fl
 def _print(trials: dict[str, Trial]) -> None:
     """Prints a table of each benchmark with a column for each judge."""
     console = Console()
-    console.width = max(console.width, 140)
     for name, trial in trials.items():
-        table = Table("kind", title=f"{name}: accuracy in percent [95 %]; cost per image and text")
+        console.width = max(console.width, 50 + 19 * len(trial.rows))
+        table = Table(
+            Column("kind", no_wrap=True), title=f"{name}: accuracy in percent [95 %]; cost per image and text"
+        )
         for title in ("examples", "chance", *(row.model for row in trial.rows)):
             table.add_column(title, justify="right")
         for kind, chance in trial.chance.items():
