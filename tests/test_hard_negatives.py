@@ -272,6 +272,16 @@ def test_judges_on_trial(models, tmp_path, monkeypatch, capsys):
     for line in lines(one, "groups"):
         scores.setdefault(line["model"], {}).setdefault(line["key"], []).append(*line["scores"].values())
     assert {len(values) for of in scores.values() for values in of.values()} == {4}
+    turned = [example for example in Miniature(count=4).examples if example.kind == "relation turned"]
+    images = torch.stack([load_image(example.images[0], 32) for example in turned])
+    seeds = [sample_seed(example.key) for example in turned]
+    judge = Denoising(num_timesteps=1, num_others=1)
+    expected = judge.score(
+        models, images, [example.texts for example in turned], seeds
+    )  # the next image of the same kind
+    contrasted = [of["scores"]["contrastive"] for of in lines(one, "miniature")
+                  if of["model"] == "contrastive" and "turned" in of["key"]]  # fmt: skip
+    assert contrasted == pytest.approx(expected.flatten().tolist(), rel=1e-2, abs=1e-5)
     example = Winoground(str(tmp_path / "data")).examples[0]
     images = torch.stack([load_image(image, 32) for image in example.images])
     expected = Denoising(num_timesteps=1).score_across(models, images, [example.texts] * 2, [sample_seed("0")] * 2)
