@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclefit.miniature import WEIGHTS
+from cyclefit.miniature.negatives import pairs
 from cyclefit.models import Blip, Generator, StableDiffusion
 from cyclefit.models.bridge import Bridge
 from cyclefit.models.pretrained import freeze
 from cyclefit.rerank import sample_seed
-from studies.negatives import pairs
 
 SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Of the false caption in the mixture."""

@@ -13,7 +13,7 @@ from cyclefit.metrics.facts import FactCheck, are_facts, by_kind, check, read_sc
 from cyclefit.metrics.reader import SceneReader, attributes
 from cyclefit.metrics.statistics import paired_ratio_bootstrap, ratio_interval
 from cyclefit.miniature import WEIGHTS, scenes
-from studies.negatives import changed
+from cyclefit.miniature.negatives import changed
 
 ONE = {"things": [{"shape": "cross", "colour": "green", "size": "large"}], "place": "middle", "background": "black"}
 TWO = {

@@ -6,11 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cyclefit.judges import Denoising, ImageText, Partners
+from cyclefit.judges import Denoising, ImageText, Likelihood, Partners
 from cyclefit.metrics.facts import COLOURS
 from cyclefit.miniature import WEIGHTS, scenes
+from cyclefit.miniature.negatives import changed, pairs
 from cyclefit.models import OpenClip
-from studies.negatives import accuracy, changed, of_captioner, of_judge, pairs
+from studies.negatives import accuracy, of_judge
 from studies.pretrain.card import CARDS, models
 
 
@@ -43,7 +44,7 @@ def test_the_captioner_sees(pair):
     def limits(kind):
         return (95 if kind.split()[0] in ("colour", "shape", "size", "background") else 90), 100
 
-    captioner = of_captioner(models(WEIGHTS, pair)[1])
+    captioner = of_judge(Likelihood(), Partners(captioner=models(WEIGHTS, pair)[1]))
     bounds(captioner, "test", limits)
     bounds(captioner, "novel", lambda kind: (90, 100))
 

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import sys
 from functools import cache
 from typing import get_args, get_origin
@@ -71,7 +72,7 @@ def parsers(monkeypatch):
     monkeypatch.setattr(cli, "parse", keep("train"))
     with pytest.raises(Parsed):
         cli.train([])
-    for command in ("captions", "images", "score"):
+    for command in ("captions", "images", "judges", "score"):
         monkeypatch.setattr("cyclefit.config.settings.parse", keep(command))
         with pytest.raises(Parsed):
             evaluate.main([command])
@@ -87,7 +88,8 @@ def configs():
     for path in sorted(paths, key=lambda p: (p.name != "miniature_blip.yaml", p.name)):
         under = [f"--config={whole}" for start, whole in COMPLETED.items() if path.name.startswith(start)]
         text = path.read_text()
-        command = "train" if "\nmodel:" in text else "images" if "evaluate.py images" in text else "captions"
+        named = re.search(r"evaluate.py (images|judges)", text)
+        command = "train" if "\nmodel:" in text else named[1] if named else "captions"
         read[path.name] = command, resolve_configs([*under, f"--config={path}"])
     return read
 
@@ -145,7 +147,7 @@ def allowed(key, value):
     if value < 0:
         return value == -1 and key in MINUS_ONE
     if value == 0:
-        return name in ZERO
+        return name in ZERO or (name == "alpha" and "judges" in key)  # of a likelihood, not of LoRA
     if name == "num_samples" and value == 1:
         return None  # of a decoding, not of a policy gradient
     return not (value > AT_MOST.get(name, math.inf) or value >= BELOW.get(name, math.inf))

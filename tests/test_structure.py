@@ -28,7 +28,7 @@ MODULES = {
     ".".join(("cyclefit", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-COMMANDS = ("score",)
+COMMANDS = ("score", "judges")
 """Functions whose parameters are the options of a command."""
 
 

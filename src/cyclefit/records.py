@@ -286,7 +286,7 @@ class Evaluation:
 class Settings:
     """What the candidates of a split are of, and what each model's depend on, as digests and plain values."""
 
-    kind: Kind
+    kind: Kind | Literal["judges"]
     shards: str | list[str]
     scorer: str
     seed: int

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from cyclefit.judges import Denoising, ImageText, Partners
+from cyclefit.judges import Denoising, ImageText, Likelihood, Partners
 from cyclefit.metrics.captions import caption_metrics
 from cyclefit.metrics.facts import by_kind, check, summarize
 from cyclefit.metrics.reader import SceneReader
@@ -24,7 +24,7 @@ from cyclefit.models import (
     StableDiffusion3,
     VisionLanguage,
 )
-from studies.negatives import accuracy, of_captioner, of_judge
+from studies.negatives import accuracy, of_judge
 from studies.pretrain import common
 
 SIZE_LIMIT = 24_000_000
@@ -128,7 +128,7 @@ def hard_negatives(
         "denoising error": of_judge(Denoising(), clip),
         "log denoising error, 2 timesteps": of_judge(Denoising(log=True, num_timesteps=2), clip),
         "contrastive, 2 others, contrast 0.5": of_judge(Denoising(num_others=2, contrast=0.5), clip),
-        "the captioner's own likelihood": of_captioner(captioner),
+        "the captioner's own likelihood": of_judge(Likelihood(), Partners(captioner=captioner)),
     }
     return {
         name: {kind: round(value, 1) for kind, value in accuracy(score, split, 150, seed).items()}

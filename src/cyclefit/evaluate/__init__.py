@@ -15,11 +15,12 @@ from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.draw import draw
 from cyclefit.evaluate.images import Images
+from cyclefit.evaluate.judges import judges
 from cyclefit.evaluate.run import run as run_evaluation
 from cyclefit.evaluate.score import score
 from cyclefit.runs import find_checkpoint, hold
 
-__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "draw", "main", "report", "score"]
+__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "draw", "judges", "main", "report", "score"]
 
 
 def report(evaluations: list[str], out: str | None = None) -> int:
@@ -37,7 +38,8 @@ def report(evaluations: list[str], out: str | None = None) -> int:
 
 
 COMMANDS = {
-    "captions": Captions, "images": Images, "score": score, "draw": draw, "compare": compare, "report": report
+    "captions": Captions, "images": Images, "judges": judges, "score": score, "draw": draw, "compare": compare,
+    "report": report,
 }  # fmt: skip
 
 
@@ -45,7 +47,7 @@ EVALUATIONS = ("captions", "images")
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `draw`, `compare RUN ...`, `report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `judges`, `score`, `draw`, `compare`, `report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.config.settings import parse
@@ -74,11 +76,12 @@ def main(arguments: list[str]) -> int:
             arguments = [f"--runs={json.dumps(arguments[:count])}", *arguments[count:]]
     parsed = parse(parsers[name], arguments)
     with ExitStack() as held:
-        if name in EVALUATIONS:  # before models are loaded
-            check_out(Path(parsed.out), name, parsed.shards)
-            check_shards(**{f"shards.{split}": shards for split, shards in parsed.shards.items()})
-            for run in parsed.runs or []:
-                find_checkpoint(Path(run), parsed.checkpoint)
+        if name in (*EVALUATIONS, "judges"):  # before models are loaded
+            check_out(Path(parsed.out), name, parsed.benchmarks if name == "judges" else parsed.shards)
+            if name in EVALUATIONS:
+                check_shards(**{f"shards.{split}": shards for split, shards in parsed.shards.items()})
+                for run in parsed.runs or []:
+                    find_checkpoint(Path(run), parsed.checkpoint)
             if rank_zero_only.rank == 0:  # of a launch
                 held.enter_context(hold(Path(parsed.out), "--out"))
         values = parsers[name].instantiate_classes(parsed).as_dict()

@@ -5,7 +5,7 @@ The same judge is a reward during finetuning and a reranker at inference.
 
 from cyclefit.judges.base import Judge, Partners, check_judge, distinct
 from cyclefit.judges.both import Function, ImageText, Sum
-from cyclefit.judges.captions import Denoising, Regeneration
+from cyclefit.judges.captions import Denoising, Likelihood, Regeneration
 from cyclefit.judges.images import CaptionLikelihood, SceneFacts, TextCycle
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Function",
     "ImageText",
     "Judge",
+    "Likelihood",
     "Partners",
     "Regeneration",
     "SceneFacts",

@@ -67,6 +67,8 @@ class Judge(ABC):
     """The names of its parts, if it has any."""
     basis: Hashable = None
     """What is equal for judges that share their computation by `Partners.once`; None if it shares none."""
+    baseline: str | None = None
+    """The text whose score `score_across` subtracts for each image; None if scores of different images compare."""
 
     def check(self, partners: Partners) -> None:  # noqa: B027
         """Checks its settings against the partners; called before the first step."""
@@ -90,6 +92,13 @@ class Judge(ABC):
             others: m other inputs for each input, for contrastive judges; None for the next ones in the batch.
 
         """
+
+    def score_across(self, partners, given, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Scores of captions that also compare between images: `score`, less that of the image under `baseline`."""
+        if self.baseline is None:
+            return self.score(partners, given, candidates, seeds, others)
+        scores = self.score(partners, given, [[*row, self.baseline] for row in candidates], seeds, others)
+        return scores[:, :-1] - scores[:, -1:]
 
     def score_parts(
         self, partners, given, candidates, seeds, others=None

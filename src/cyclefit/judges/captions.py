@@ -1,5 +1,6 @@
-"""Judges of captions that use the generator."""
+"""Judges of captions that use the generator, and the captioner's own likelihood."""
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -103,6 +104,7 @@ class Denoising(Judge):
     """Number of latents per denoiser call."""
 
     needs = ("generator",)
+    baseline = ""  # the easier image would have the higher score with every text (DiffusionITM, arXiv 2305.16397)
 
     def __post_init__(self):
         check_timesteps(self)
@@ -180,3 +182,40 @@ class Denoising(Judge):
     def cost(self, partners, num_candidates) -> dict[str, int]:
         """One denoiser call per caption and timestep, for the image and for each image it is contrasted with."""
         return {"generator_calls": 0, "denoiser_calls": num_candidates * self.num_timesteps * (1 + self.num_others)}
+
+
+@checked
+@dataclass
+class Likelihood(Judge):
+    """log p(y | x) - alpha log p(y), in nats: the captioner's own likelihood, less a share of it without the image.
+
+    Lin et al., ICML 2024 (arXiv 2306.01879): the likelihood alone is their VisualGPTScore, with alpha = 1 it is the
+    pointwise mutual information. p(y) is the mean of p(y | x_k) over images of Gaussian noise, the same for all
+    captions, with pixels of mean 0.5 and standard deviation 0.25.
+    """
+
+    alpha: NonNegative = 0.0
+    """The share of log p(y) that is subtracted; the higher, the less a fluent caption is preferred for that."""
+    per_token: bool = False
+    """Divide by the number of tokens."""
+    num_noise_images: Count = 3
+    """Number of images of noise, where alpha is not 0."""
+
+    needs = ("captioner",)
+
+    @torch.no_grad()
+    def score(self, partners, given, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Log-probabilities, at most 0 if alpha is 0."""
+        captioner = partners.captioner
+        features, columns = captioner.embed(given), []
+        if self.alpha:
+            noise = torch.randn(self.num_noise_images, *given.shape[1:], generator=torch.Generator().manual_seed(0))
+            empty = captioner.embed((0.5 + 0.25 * noise).clamp(0, 1).to(given))
+        for texts in zip(*candidates, strict=True):
+            tokens = captioner.tokenize(list(texts))
+            column = captioner.log_prob(features, tokens)
+            if self.alpha:
+                each = [captioner.log_prob(empty[k : k + 1].repeat(len(texts)), tokens) for k in range(len(empty))]
+                column = column - self.alpha * (torch.stack(each).logsumexp(0) - math.log(len(each)))
+            columns.append(column / captioner.mask(tokens).sum(1) if self.per_token else column)
+        return torch.stack(columns, 1)
