@@ -14,11 +14,12 @@ from cyclefit.evaluate.captions import JUDGES, Captions
 from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import Images
+from cyclefit.evaluate.questions import questions
 from cyclefit.evaluate.run import run as run_evaluation
 from cyclefit.evaluate.score import score
 from cyclefit.runs import find_checkpoint, hold
 
-__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "main", "report", "score"]
+__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "main", "questions", "report", "score"]
 
 
 def report(evaluations: list[str], out: str | None = None) -> int:
@@ -35,14 +36,21 @@ def report(evaluations: list[str], out: str | None = None) -> int:
     return 0
 
 
-COMMANDS = {"captions": Captions, "images": Images, "score": score, "compare": compare, "report": report}
+COMMANDS = {
+    "captions": Captions,
+    "images": Images,
+    "score": score,
+    "questions": questions,
+    "compare": compare,
+    "report": report,
+}
 
 
 EVALUATIONS = ("captions", "images")
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `questions`, `compare` or `report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.config.settings import parse

@@ -176,6 +176,11 @@ class Evaluate(ABC):
         names = (self.cycle, IMAGE_TEXT, *self.rewards)
         return {judge: self.judges[judge] for judge in names if judge in self.judges}
 
+    @property
+    def further(self) -> list[str]:
+        """The columns of `metrics`."""
+        return [column for name, metric in self.metrics.items() for column in metric.named(name)]
+
     def num_others(self, name: str) -> int:
         """How many other inputs the judges of a model contrast an input with, at most."""
         return max((judge.num_others for judge in self.judges_of(name).values()), default=0)

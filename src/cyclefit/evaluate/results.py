@@ -34,7 +34,7 @@ def results(
         kinds = {kind: KindFacts(**of) for kind, of in by_kind(checks(picked)).items()} if facts else None
         costs = evaluation.cost(samples, decoding, selection)
         metrics = evaluation.summary(picked, samples, selection, inputs)
-        metrics |= {name: estimate([one.metrics[name] for one in picked]) for name in evaluation.metrics}
+        metrics |= {name: estimate([one.metrics[name] for one in picked]) for name in evaluation.further}
         rows.append(Row(model, metrics, decoding, selection, *costs, kinds))
         chosen[rows[-1].name] = picked
 
@@ -60,7 +60,7 @@ def _analyses(
     told = evaluation.analysed(rankings, facts)
     pairs = [(a, b) for a, b in pairs if a in chosen and b in chosen]
     single, judge, base = evaluation.singles[0], next(iter(evaluation.judges)), next(iter(chosen.values()))
-    compared = [*(*evaluation.shares, FALSE[evaluation.kind]) * facts, *evaluation.compared, *evaluation.metrics]
+    compared = [*(*evaluation.shares, FALSE[evaluation.kind]) * facts, *evaluation.compared, *evaluation.further]
     gained = [*evaluation.shares * facts, *evaluation.gained(base[0])]
     return Split(
         rows,
