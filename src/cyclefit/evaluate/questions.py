@@ -61,7 +61,7 @@ def questions(
         answers = asking.atoms(paths, [of.atoms for of in kept.values()])
         results[model] = _summary(kept, [score for [score] in scores], answers)
     metadata = {
-        "captioner": str(captioner.pretrained),
+        "captioner": str(getattr(captioner, "pretrained", type(captioner).__name__)),
         "prompts": prompts,
         "images": images,
         "version": importlib.metadata.version("cyclefit"),

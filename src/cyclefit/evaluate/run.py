@@ -47,6 +47,10 @@ def run(evaluation: Evaluate) -> int:
                 what = f"{type(judge).__name__} needs a {partner}"
                 raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
         judge.check(evaluation.partners)
+    for name, metric in evaluation.metrics.items():
+        if evaluation.kind not in metric.kinds:
+            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
+            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
     evaluation.fabric = launch(evaluation.devices, evaluation.num_nodes)
     models = load_models(evaluation.base, evaluation.runs, evaluation.checkpoint, evaluation.kind)
     evaluation.rewards = rewarding([config for _, config in models.values()], evaluation.kind, evaluation.judges)

@@ -132,7 +132,7 @@ def score(
     metadata = {
         **describe(read.document_frequencies, **about_tokens),
         "scorer": scorer.name if scorer is not None else None,
-        **({} if captioner is None else {"captioner": str(captioner.pretrained)}),
+        **({} if captioner is None else {"captioner": str(getattr(captioner, "pretrained", type(captioner).__name__))}),
         "versions": {name: importlib.metadata.version(name) for name in ("cyclefit", "pycocoevalcap")},
         "candidates": candidates,
         "references": references,

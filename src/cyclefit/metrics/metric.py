@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
-from cyclefit.records import Candidate
+from cyclefit.records import Candidate, Kind
 
 
 class Metric(ABC):
     """A number for each candidate of an evaluation; the table has its mean over the inputs with an interval."""
 
+    kinds: tuple[Kind, ...] = ("captions", "images")
+    """What it measures: `captions` of images, `images` of prompts, or both."""
     columns: Sequence[str] = ()
     """What is added to its name in the table, if it gives several numbers for each candidate."""
     folder: Path

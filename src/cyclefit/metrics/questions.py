@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from cyclefit import UserError
+from cyclefit.config.paths import NameOrPath
 from cyclefit.config.ranges import Count, checked
 from cyclefit.metrics.metric import Metric
 from cyclefit.models import Captioner, Features
@@ -180,14 +181,20 @@ class VQAScore(Metric):
         captioner: is asked; it should neither have been trained nor have chosen images in this evaluation.
         batch_size: images, and questions, at a time; no influence on the results.
 
+    Raises:
+        UserError: the captioner answers no questions.
+
     """
 
+    kinds = ("images",)
+
     def __init__(self, captioner: Captioner, batch_size: Count = 32):
+        captioner.check_questions("VQAScore")
         self.captioner, self.batch_size = captioner, batch_size
 
     @override
     def measure(self, candidates, references):
-        images = drawn("VQAScore", self.folder, candidates)
+        images = [self.folder / one.image for one in candidates]
         asking = Asking(self.captioner, "VQAScore", self.batch_size)
         return [score for [score] in asking.vqascores(images, [[one.prompt] for one in candidates])]
 
@@ -205,28 +212,23 @@ class SoftTIFA(Metric):
         batch_size: images, and questions, at a time; no influence on the results.
 
     Raises:
-        UserError: a prompt of the evaluation is not in the file.
+        UserError: the captioner answers no questions, or a prompt of the evaluation is not in the file.
 
     """
 
+    kinds = ("images",)
     columns = ("AM", "GM")
 
-    def __init__(self, captioner: Captioner, questions: str, batch_size: Count = 32):
+    def __init__(self, captioner: Captioner, questions: NameOrPath | str, batch_size: Count = 32):
+        captioner.check_questions("Soft-TIFA")
         self.captioner, self.path, self.batch_size = captioner, Path(questions), batch_size
         self.questions = read_questions(self.path)
 
     @override
     def measure(self, candidates, references):
-        images = drawn("Soft-TIFA", self.folder, candidates)
+        images = [self.folder / one.image for one in candidates]
         if missing := next((one.prompt for one in candidates if one.prompt not in self.questions), None):
             raise UserError(f"{self.path} has no questions about the prompt {missing!r}")
         asking = Asking(self.captioner, "Soft-TIFA", self.batch_size)
         answers = asking.atoms(images, [self.questions[one.prompt].atoms for one in candidates])
         return list(zip(*map(means, answers), strict=True))
-
-
-def drawn(who: str, folder: Path, candidates: Sequence) -> list[Path]:
-    """The files of drawn images; raises UserError if the candidates are captions."""
-    if any(one.prompt is None for one in candidates):
-        raise UserError(f"{who} is a metric of images: for captions, add the judge YesProbability to judges")
-    return [folder / one.image for one in candidates]
