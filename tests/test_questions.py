@@ -11,11 +11,14 @@ import torch
 
 from cyclefit import UserError, evaluate, records
 from cyclefit.config.start import resolve_configs
+from cyclefit.cycles import PolicyGradient
 from cyclefit.digests import digest
-from cyclefit.judges import ImageText, Partners, Sum, YesProbability, place
+from cyclefit.finetune import CaptionerFinetune
+from cyclefit.judges import Function, ImageText, Partners, Sum, YesProbability, place
 from cyclefit.metrics.questions import Asking, Atom, VQAScore, means, read_questions
-from cyclefit.models import VisionLanguage
+from cyclefit.models import Blip, VisionLanguage
 from cyclefit.models.pretrained import freeze
+from cyclefit.train.dry_run import step_needs
 from tests.conftest import ROOT
 from tests.test_settings import parsers
 
@@ -96,6 +99,19 @@ def test_a_reward_with_its_own_captioner(launch, weights):
     assert any(0 < row["train/reward"] < 1 for row in rows if "train/reward" in row)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(name.startswith("captioner.model.text_decoder") for name in state), "frozen weights are saved"
+
+
+def test_a_dry_run_counts_the_answers(weights):
+    def flops(own):
+        with torch.device("meta"):
+            captioner = Blip(str(weights / "blip"), trainable="decoder")
+            asked = VisionLanguage(str(weights / "smolvlm")) if own else None
+        nothing = Function(lambda _, images, *more: images.new_zeros(2, 2))
+        reward = YesProbability(captioner=asked) if own else nothing
+        module = CaptionerFinetune(captioner, cycle=PolicyGradient(reward, num_samples=2), round_trip_images=0)
+        return step_needs(module, 2, 32).flops
+
+    assert flops(own=True) > 1.1 * flops(own=False)
 
 
 def written(path: Path, *entries) -> Path:
@@ -191,9 +207,10 @@ def test_a_metric_of_images_is_none_of_captions(world, captioner, weights, monke
     own = {"class_path": "VisionLanguage", "init_args": {"pretrained": str(weights / "smolvlm")}}
     metrics = {"VQA": {"class_path": "cyclefit.metrics.questions.VQAScore", "init_args": {"captioner": own}}}
     monkeypatch.chdir(ROOT)
+    shards = json.dumps({"test": str(world / "test")})
+    arguments = [f"--metrics={json.dumps(metrics)}", f"--shards={shards}", f"--out={tmp_path / 'out'}"]
     with pytest.raises(UserError, match=r"^metrics\.VQA: VQAScore measures images, not captions: leave it out$"):
-        evaluate.main(["captions", "--config", "miniature_evaluate.yaml", f"--metrics={json.dumps(metrics)}",
-                       f"--shards={json.dumps({'test': str(world / 'test')})}", f"--out={tmp_path / 'out'}"])  # fmt: skip
+        evaluate.main(["captions", "--config", "miniature_evaluate.yaml", *arguments])
     with pytest.raises(UserError, match="^VQAScore: Blip answers no questions"):
         VQAScore(captioner)
 

@@ -77,8 +77,8 @@ class Chat(LargeVocabulary):
     """The white space before an answer in the chat template."""
     ids: Int[Tensor, "n"]
     """The prompt of captions, the image included."""
-    places: Int[Tensor, "p"]
-    """The image's, in every chat."""
+    _text_start: int
+    """The place after the image, in every chat."""
     encodes: bool
     """Whether an encoder reads image and prompt, and the decoder only the caption."""
 
@@ -113,10 +113,10 @@ class Chat(LargeVocabulary):
     ) -> Float[Tensor, "b"]:
         self.check_questions("first_token_log_probs")
         rows = {question: self._encode_question(question)[0] for question in questions}
-        unknown = torch.tensor([self.pad_token_id])  # what is predicted is not read
+        unknown = torch.tensor([self.pad_token_id], device="cpu")  # what is predicted is not read
         states, _, _ = self._answer_states(features, [rows[q] for q in questions], [unknown] * len(questions))
         found = [[ids[0] for ids in self.tokenizer(row, add_special_tokens=False).input_ids] for row in words]
-        wanted = torch.zeros(len(questions), self.vocab_size, dtype=torch.bool)
+        wanted = torch.zeros(len(questions), self.vocab_size, dtype=torch.bool, device="cpu")
         for row, first in zip(wanted, found, strict=True):
             row[first] = True
         log_probs = self.head(states[:, 0]).float().log_softmax(-1)
@@ -147,7 +147,7 @@ class Chat(LargeVocabulary):
         self, features: Features, asked: list[Int[Tensor, "_"]], answers: list[Int[Tensor, "_"]]
     ) -> tuple[Float[Tensor, "b a d"], Int[Tensor, "b a"], Float[Tensor, "b a"]]:
         """The states that predict each row's answer, the answers' tokens, and a mask of those that are no padding."""
-        start, device = int(self.places[-1]) + 1, self.ids.device
+        start, device = self._text_start, self.ids.device
         longest = len(self.ids) + self.max_new_tokens - 1
         chats = [torch.cat(row)[start:] for row in zip(asked, answers, strict=True)]
         if (length := start + max(map(len, chats))) > longest:

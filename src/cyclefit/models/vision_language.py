@@ -151,6 +151,7 @@ class VisionLanguage(Chat):
         inputs = encode(self.processor, self.prompt, self.image_size)
         ids, token = inputs["input_ids"][0], self.model.config.image_token_id
         grid = inputs.get("image_grid_thw")
+        self._text_start = int((ids == token).nonzero()[-1]) + 1
         self.grid: list[int] | None = None if grid is None else grid[0].tolist()
         kinds = None
         if self.family == "paligemma":
