@@ -102,16 +102,18 @@ def test_a_reward_with_its_own_captioner(launch, weights):
 
 
 def test_a_dry_run_counts_the_answers(weights):
-    def flops(own):
+    def needs(own):
         with torch.device("meta"):
             captioner = Blip(str(weights / "blip"), trainable="decoder")
             asked = VisionLanguage(str(weights / "smolvlm")) if own else None
         nothing = Function(lambda _, images, *more: images.new_zeros(2, 2))
         reward = YesProbability(captioner=asked) if own else nothing
         module = CaptionerFinetune(captioner, cycle=PolicyGradient(reward, num_samples=2), round_trip_images=0)
-        return step_needs(module, 2, 32).flops
+        return step_needs(module, 2, 32)
 
-    assert flops(own=True) > 1.1 * flops(own=False)
+    asked, without = needs(own=True), needs(own=False)
+    assert asked.flops > 1.1 * without.flops
+    assert asked.weights - without.weights > 1e6, "the captioner's are counted"
 
 
 def written(path: Path, *entries) -> Path:

@@ -155,9 +155,9 @@ class Finetune(L.LightningModule, ABC):
         scores, parts = reward.score_parts(self.partners, given, candidates, seeds)
         return {f"reward/{name}": of[:, 0] for name, of in parts.items()} or {"reward": scores[:, 0]}
 
-    def place_reward(self, device: torch.device) -> None:
+    def place_reward(self) -> None:
         """Puts the own models of the cycle's reward, if it has some, beside the partners."""
-        place(getattr(self.cycle, "reward", None), device)
+        place(getattr(self.cycle, "reward", None), next(iter(self.trained.values())).device)
 
     def freeze_partner(self, name: str) -> None:
         """Checks that a partner, if there is one, is frozen; on a GPU, casts it to bf16."""

@@ -101,7 +101,7 @@ class AlternatingFinetune(Finetune):
         for name in ("scorer", "held_out"):
             self.generator_half.freeze_partner(name)
         for half in self.halves:
-            half.place_reward(self.device)
+            half.place_reward()
         half_frozen(self.generator_half.generator)
 
     @override
