@@ -72,7 +72,7 @@ def parsers(monkeypatch):
     monkeypatch.setattr(cli, "parse", keep("train"))
     with pytest.raises(Parsed):
         cli.train([])
-    for command in ("captions", "images", "judges", "score"):
+    for command in ("captions", "images", "judges", "score", "questions"):
         monkeypatch.setattr("cyclefit.config.settings.parse", keep(command))
         with pytest.raises(Parsed):
             evaluate.main([command])
@@ -127,9 +127,11 @@ def known():
 
     patch, found = pytest.MonkeyPatch(), {}
     made = parsers(patch)
-    for command, arguments in [*configs().values(), ("score", [])]:
+    plain = {"score": ["--candidates=a", "--references=b"]}
+    plain |= {"questions": ["--prompts=a", "--images=b", "--captioner=VisionLanguage"]}
+    for command, arguments in [*configs().values(), *plain.items()]:
         parser = made[command]
-        merged = parse(parser, arguments or ["--candidates=a", "--references=b"]).as_dict()
+        merged = parse(parser, arguments).as_dict()
         for action in parser._actions:
             hint = TRAINER.get(action.dest, getattr(action, "_typehint", str))
             if is_number(hint):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from cyclefit import UserError
 from cyclefit.finetune import CaptionerFinetune
 from cyclefit.models import Decoding, VisionLanguage
 from cyclefit.train.dry_run import step_needs, transformers_on_meta
@@ -153,6 +154,74 @@ def test_gradient_reaches_images_and_adapters_alone(learner, images):
         assert parameter.requires_grad == ("lora_" in name), name
         assert not parameter.requires_grad or id(parameter) in decoder, name
         assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+QUESTIONS = ["Is it red?", 'Does this figure show "two cats on a beach"? Please answer yes or no.', "How many?\n"]
+ANSWERS = ["Yes", "two small cats", "No"]
+
+
+def own_chat(captioner, image, question, answer):
+    """The processor's inputs for a question and its answer, and how many tokens the answer has."""
+    processor, more = captioner.processor, {}
+    if processor.chat_template:
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        asked = processor.apply_chat_template(turns, add_generation_prompt=True)
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        whole = processor.apply_chat_template(turns)
+        whole = whole[: whole.rindex(answer) + len(answer)]
+    elif captioner.family == "paligemma":
+        asked = whole = f"answer en {question}"
+        more = {"suffix": answer}
+    else:
+        asked = f"Question: {question} Answer:"
+        whole = f"{asked} {answer}"
+    made = [processor(images=image, text=whole, do_rescale=False, return_tensors="pt", **more)]
+    made.append(processor(images=image, text=asked, do_rescale=False, return_tensors="pt"))
+    inputs, before = ({name: value for name, value in one.items() if name != "labels"} for one in made)
+    if more:  # its processor adds the end token
+        inputs |= {name: value[:, :-1] for name, value in inputs.items() if name != "pixel_values"}
+    return inputs, inputs["input_ids"].shape[1] - before["input_ids"].shape[1]
+
+
+def answers_no_questions(captioner):
+    return captioner.encodes
+
+
+@torch.no_grad()
+def test_answers_are_as_likely_as_the_model_finds_them(learner, images, features):
+    if answers_no_questions(learner):
+        with pytest.raises(UserError, match=r"^mine: .* answers no questions: use a model with a chat template$"):
+            learner.check_questions("mine")
+        with pytest.raises(UserError, match="answers no questions"):
+            learner.answer_log_probs(features, QUESTIONS, ANSWERS)
+        return
+    found = learner.answer_log_probs(features, QUESTIONS, ANSWERS)
+    words = [["Yes", " Yes", "yes"], ["two"], ["No"]]
+    first = learner.first_token_log_probs(features, QUESTIONS, words)
+    for i, (image, question, answer) in enumerate(zip(images, QUESTIONS, ANSWERS, strict=True)):
+        inputs, length = own_chat(learner, image, question, answer)
+        ids = inputs["input_ids"][0]
+        assert torch.equal(torch.cat(learner._encode_question(question, answer)), ids)
+        steps = learner.model(**inputs).logits[0].log_softmax(-1)[-length - 1 : -1]
+        assert 0 < length < 20
+        expected = steps.gather(1, ids[-length:, None]).sum()
+        torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=1e-5)
+        tokens = {learner.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words[i]}
+        torch.testing.assert_close(first[i], steps[0, list(tokens)].logsumexp(0), atol=1e-4, rtol=1e-5)
+    assert (found[0] - learner.answer_log_probs(features[1:2], QUESTIONS[:1], ANSWERS[:1])[0]).abs() > 1e-4, "blind"
+
+
+def test_an_answer_carries_gradient_to_the_image_and_needs_few_logits(learner, images, monkeypatch):
+    if answers_no_questions(learner):
+        return
+    rows, head = [], learner.head
+    monkeypatch.setattr(learner, "head", lambda states: rows.append(states.shape[:-1].numel()) or head(states))
+    pixels = images.clone().requires_grad_()
+    features = learner.embed(pixels)
+    answers = learner.answer_log_probs(features, QUESTIONS, ["Yes"] * 3)
+    (answers + learner.first_token_log_probs(features, QUESTIONS, [["Yes"]] * 3)).sum().backward()
+    assert (pixels.grad.flatten(1).abs().sum(1) > 0).all()
+    assert max(rows) <= 3 * len(learner.tokenizer(" Yes").input_ids), "logits of more than the answers"
 
 
 def test_checkpointed_layers_give_the_same_gradient(folder, learner, images):

@@ -78,7 +78,7 @@ def export_pairs(shards: str, out: str | Path) -> int:
         UserError: a sample is no pair.
 
     """
-    from cyclefit.models.vision_language import QUESTION
+    from cyclefit.models.chat import REQUEST
 
     out, urls, rows = Path(out), expand_shards(shards), []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -90,7 +90,7 @@ def export_pairs(shards: str, out: str | Path) -> int:
                 (caption,) = read_captions(sample)[:1]
                 names = [_written(out, key, image_of(sample) or b"")]
                 if isinstance(rejected := record.get("rejected"), str):
-                    turns = {"prompt": ("user", QUESTION), "chosen": ("assistant", caption)}
+                    turns = {"prompt": ("user", REQUEST), "chosen": ("assistant", caption)}
                     turns["rejected"] = ("assistant", rejected)
                     row = {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
                     row = {"images_file_names": names, **row}

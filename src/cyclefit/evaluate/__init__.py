@@ -16,11 +16,14 @@ from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.draw import draw
 from cyclefit.evaluate.images import Images
 from cyclefit.evaluate.judges import judges
+from cyclefit.evaluate.questions import questions
 from cyclefit.evaluate.run import run as run_evaluation
 from cyclefit.evaluate.score import score
 from cyclefit.runs import find_checkpoint, hold
 
-__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "draw", "judges", "main", "report", "score"]
+__all__ = [
+    "JUDGES", "Captions", "Evaluate", "Images", "compare", "draw", "judges", "main", "questions", "report", "score",
+]  # fmt: skip
 
 
 def report(evaluations: list[str], out: str | None = None) -> int:
@@ -38,8 +41,8 @@ def report(evaluations: list[str], out: str | None = None) -> int:
 
 
 COMMANDS = {
-    "captions": Captions, "images": Images, "judges": judges, "score": score, "draw": draw, "compare": compare,
-    "report": report,
+    "captions": Captions, "images": Images, "judges": judges, "score": score, "questions": questions, "draw": draw,
+    "compare": compare, "report": report,
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ EVALUATIONS = ("captions", "images")
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `judges`, `score`, `draw`, `compare`, `report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `compare RUN ...`, and the other COMMANDS."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.config.settings import parse

@@ -182,6 +182,11 @@ class Evaluate(ABC):
         round_trips = {name: judge for name, judge in self.judges.items() if isinstance(judge, Regeneration)}
         return [name for name, judge in round_trips.items() if judge.scorer is not None and name != self.cycle]
 
+    @property
+    def further(self) -> list[str]:
+        """The columns of `metrics`."""
+        return [column for name, metric in self.metrics.items() for column in metric.named(name)]
+
     def num_others(self, name: str) -> int:
         """How many other inputs the judges of a model contrast an input with, at most."""
         return max((judge.num_others for judge in self.judges_of(name).values()), default=0)

@@ -29,7 +29,7 @@ def results(
         by_model[one.model][one.key].append(one)
         one.metrics |= {name: one.scores[name] for name in evaluation.reconstructions}
     rows, chosen, pools = [], {}, {}
-    facts, further = candidates[0].facts is not None, (*evaluation.metrics, *evaluation.reconstructions)
+    facts, further = candidates[0].facts is not None, (*evaluation.further, *evaluation.reconstructions)
 
     def add(model: str, decoding: str, selection: str, samples: Samples, picked: list[Candidate]) -> None:
         kinds = {kind: KindFacts(**of) for kind, of in by_kind(checks(picked)).items()} if facts else None
@@ -62,7 +62,7 @@ def _analyses(
     pairs = [(a, b) for a, b in pairs if a in chosen and b in chosen]
     single, judge, base = evaluation.singles[0], next(iter(evaluation.judges)), next(iter(chosen.values()))
     compared = [*(*evaluation.shares, FALSE[evaluation.kind]) * facts, *evaluation.compared]
-    compared += [*evaluation.metrics, *evaluation.reconstructions]
+    compared += [*evaluation.further, *evaluation.reconstructions]
     gained = [*evaluation.shares * facts, *evaluation.gained(base[0])]
     return Split(
         rows,

@@ -28,7 +28,7 @@ from cyclefit.evaluate.common import (
 from cyclefit.evaluate.hacking import rewarding
 from cyclefit.evaluate.results import results as results_of
 from cyclefit.evaluate.verdict import verdict
-from cyclefit.judges import check_judge
+from cyclefit.judges import check_judge, place
 from cyclefit.metrics.captions import describe
 from cyclefit.models import Captioner, Generator
 from cyclefit.models.pretrained import Adapter, freeze
@@ -46,14 +46,20 @@ def run(evaluation: Evaluate) -> int:
             if getattr(evaluation.partners, partner) is None:
                 what = f"{type(judge).__name__} needs a {partner}"
                 raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
+        judge.check(evaluation.partners)
+    for name, metric in evaluation.metrics.items():
+        if evaluation.kind not in metric.kinds:
+            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
+            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
     evaluation.fabric = launch(evaluation.devices, evaluation.num_nodes)
     models = load_models(evaluation.base, evaluation.runs, evaluation.checkpoint, evaluation.kind)
     evaluation.rewards = rewarding([config for _, config in models.values()], evaluation.kind, evaluation.judges)
     # Taken before anything changes its precision.
     common = {"seed": evaluation.seed, "image_size": evaluation.image_size}
     depends = {name: common | evaluation.depends(name, model) for name, (model, _) in models.items()}
-    own = [scorer for judge in evaluation.judges.values() if (scorer := getattr(judge, "scorer", None)) is not None]
-    for model in (evaluation.partners.generator, evaluation.partners.captioner, *evaluation.scorers.values(), *own):
+    for judge in evaluation.judges.values():
+        place(judge, evaluation.fabric.device)
+    for model in (evaluation.partners.generator, evaluation.partners.captioner, *evaluation.scorers.values()):
         if model is not None:
             _to_device(evaluation, model)
 
@@ -164,8 +170,11 @@ def _make(evaluation: Evaluate, file: CandidateFile, inputs: Inputs, name: str, 
 def _measure_more(evaluation: Evaluate, candidates: list[Candidate], inputs: Inputs) -> None:
     references = [inputs.references[one.key] for one in candidates]
     for name, metric in evaluation.metrics.items():
-        for one, value in zip(candidates, metric.measure(candidates, references), strict=True):
-            one.metrics[name] = round(float(value), 6)
+        metric.folder = evaluation.folder
+        found = metric.measure(candidates, references)
+        for column, values in zip(metric.named(name), found if metric.columns else [found], strict=True):
+            for one, value in zip(candidates, values, strict=True):
+                one.metrics[column] = round(float(value), 6)
 
 
 def _add_sum(evaluation: Evaluate, candidates: list[Candidate]) -> None:

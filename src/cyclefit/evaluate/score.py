@@ -23,8 +23,9 @@ from cyclefit.metrics.captions import References, describe, read_document_freque
 from cyclefit.metrics.facts import chair, check_objects
 from cyclefit.metrics.java import Java, Unavailable, fetch_corenlp
 from cyclefit.metrics.objects import objects_by_image
+from cyclefit.metrics.questions import Asking, read_image
 from cyclefit.metrics.tokenizer import tokenize
-from cyclefit.models import Scorer
+from cyclefit.models import Captioner, Scorer
 from cyclefit.report.tables import is_percentage
 
 
@@ -43,6 +44,7 @@ def score(
     images: str | None = None,
     scorer: Scorer | None = None,
     instances: str | None = None,
+    captioner: Captioner | None = None,
 ) -> int:
     """Computes every caption metric of captions in one file against reference captions in another.
 
@@ -60,12 +62,15 @@ def score(
         fetch_corenlp: fetch it (370 MB) if it is not there.
         java_heap: memory of Java, as `8G`; 2G for METEOR and 8G for SPICE if not given.
         java_timeout: seconds that METEOR or SPICE may take.
-        images: the folder of the images, for CLIPScore and retrieval: COCO's file names, else image id and suffix.
-        scorer: CLIP, for the same.
+        images: the folder of the images, for what needs them: COCO's file names, else image id and suffix.
+        scorer: CLIP, for CLIPScore and retrieval.
         instances: COCO's instances json, for CHAIR: what is in an image beside what its references name.
+        captioner: a model with a chat template, for VQAScore.
 
     """
-    if (images is None) != (scorer is None):
+    if captioner is not None and images is None:
+        raise UserError("VQAScore needs the images' folder: give --images, or leave --captioner out")
+    if (images is None) != (scorer is None and captioner is None):
         raise UserError("CLIPScore needs both the images' folder and a scorer: give --images and --scorer, or neither")
     if out:
         check_out_file(Path(out), _is_result, "score file written by this command")
@@ -106,6 +111,13 @@ def score(
         of_clip = _clip(Path(images), files, scorer)
         each |= of_clip
         corpus |= {name: float(column.mean()) for name, column in of_clip.items()}
+    if captioner is None:
+        unavailable["VQAScore"] = "it needs --images and --captioner"
+    else:
+        paths = [_image(Path(images), files.names.get(key), key) for key in files.ids]
+        rows = Asking(captioner, "VQAScore", 32).vqascores(paths, files.candidates)
+        each["VQAScore"] = np.array([value for row in rows for value in row])
+        corpus["VQAScore"] = float(each["VQAScore"].mean())
     if objects is None:
         unavailable["CHAIRi"] = "it needs --instances"
     else:
@@ -120,6 +132,7 @@ def score(
     metadata = {
         **describe(read.document_frequencies, **about_tokens),
         "scorer": scorer.name if scorer is not None else None,
+        **({} if captioner is None else {"captioner": str(getattr(captioner, "pretrained", type(captioner).__name__))}),
         "versions": {name: importlib.metadata.version(name) for name in ("cyclefit", "pycocoevalcap")},
         "candidates": candidates,
         "references": references,
@@ -168,7 +181,6 @@ def _by_java(engine: Java, files: "Files") -> Callable[[str], str]:
 
 def _clip(folder: Path, files: "Files", scorer: Scorer) -> dict[str, np.ndarray]:
     import torch
-    from PIL import Image
 
     from cyclefit.metrics.clip import clip_scores, retrieval
 
@@ -177,13 +189,8 @@ def _clip(folder: Path, files: "Files", scorer: Scorer) -> dict[str, np.ndarray]
     texts, owner = files.flat()
     with torch.no_grad():
         for key in track(files.ids, "CLIP"):
-            path = _image(folder, files.names.get(key), key)
-            try:
-                with Image.open(path) as image:
-                    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None] / 255
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"the image {path} cannot be read: {error}") from None
-            embedded.append(scorer.embed_images(pixels.to(device)))
+            pixels = read_image(_image(folder, files.names.get(key), key))
+            embedded.append(scorer.embed_images(pixels[None].to(device)))
         images, at = torch.cat(embedded), torch.tensor(owner, device=device)
         found = clip_scores(scorer.embed_texts, images[at], texts, [files.references[i] for i in owner])
         found |= retrieval(scorer.embed_texts(texts), images, at)

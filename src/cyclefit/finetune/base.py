@@ -18,6 +18,7 @@ from cyclefit.config.ranges import OPTIMIZER, check
 from cyclefit.data import latents_source
 from cyclefit.finetune.grid import Sample, sample_grid
 from cyclefit.finetune.unpaired import check_unpaired
+from cyclefit.judges import place
 
 
 def computed(means: nn.ModuleDict) -> dict[str, Tensor]:
@@ -153,6 +154,10 @@ class Finetune(L.LightningModule, ABC):
             return {}
         scores, parts = reward.score_parts(self.partners, given, candidates, seeds)
         return {f"reward/{name}": of[:, 0] for name, of in parts.items()} or {"reward": scores[:, 0]}
+
+    def place_reward(self) -> None:
+        """Puts the own models of the cycle's reward, if it has some, beside the partners."""
+        place(getattr(self.cycle, "reward", None), next(iter(self.trained.values())).device)
 
     def freeze_partner(self, name: str) -> None:
         """Checks that a partner, if there is one, is frozen; on a GPU, casts it to bf16."""

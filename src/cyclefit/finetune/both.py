@@ -100,6 +100,8 @@ class AlternatingFinetune(Finetune):
     def on_fit_start(self) -> None:
         for name in ("scorer", "held_out"):
             self.generator_half.freeze_partner(name)
+        for half in self.halves:
+            half.place_reward()
         half_frozen(self.generator_half.generator)
 
     @override

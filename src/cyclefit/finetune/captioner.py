@@ -88,6 +88,7 @@ class CaptionerFinetune(Finetune):
     def on_fit_start(self) -> None:
         for name in ("generator", "scorer", "held_out"):
             self.freeze_partner(name)
+        self.place_reward()
         for module in (self.captioner, *(self.cycle.children() if self.cycle is not None else ())):
             if isinstance(module, Adapter):
                 module.half_on_gpu()

@@ -111,6 +111,7 @@ class GeneratorFinetune(Finetune):
     def on_fit_start(self) -> None:
         for name in ("captioner", "scorer", "held_out"):
             self.freeze_partner(name)
+        self.place_reward()
         half_frozen(self.generator)
         if self.ema is not None:
             self.ema.to(self.device)

@@ -3,8 +3,8 @@
 The same judge is a reward during finetuning and a reranker at inference.
 """
 
-from cyclefit.judges.base import Judge, Partners, check_judge, distinct
-from cyclefit.judges.both import Function, ImageText, Sum
+from cyclefit.judges.base import Judge, Partners, check_judge, distinct, place
+from cyclefit.judges.both import Function, ImageText, Sum, YesProbability
 from cyclefit.judges.captions import Denoising, Likelihood, Regeneration
 from cyclefit.judges.images import CaptionLikelihood, SceneFacts, TextCycle
 
@@ -20,6 +20,8 @@ __all__ = [
     "SceneFacts",
     "Sum",
     "TextCycle",
+    "YesProbability",
     "check_judge",
     "distinct",
+    "place",
 ]

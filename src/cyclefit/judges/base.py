@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.models import Captioner, Decoding, Generator, Scorer
+from cyclefit.models.pretrained import Adapter, freeze
 from cyclefit.records import Kind
 
 
@@ -70,6 +71,11 @@ class Judge(ABC):
     baseline: str | None = None
     """The text whose score `score_across` subtracts for each image; None if scores of different images compare."""
 
+    @property
+    def models(self) -> list[Adapter]:
+        """The models of its own, which it uses in place of partners."""
+        return [value for value in vars(self).values() if isinstance(value, Adapter)]
+
     def check(self, partners: Partners) -> None:  # noqa: B027
         """Checks its settings against the partners; called before the first step."""
 
@@ -124,6 +130,13 @@ def check_judge(judge: Judge, kind: Kind, place: str) -> None:
     """Raises UserError if the judge set in `place` does not judge this kind of candidates."""
     if kind not in judge.kinds:
         raise UserError(f"{place}: {type(judge).__name__} judges {' and '.join(judge.kinds)}, not {kind}")
+
+
+def place(judge: Judge | None, device: torch.device) -> None:
+    """Freezes a judge's own models and moves them to a device; on a GPU, casts them to bf16."""
+    for model in judge.models if judge is not None else ():
+        freeze(model.to(device))
+        model.half_on_gpu()
 
 
 def distinct(candidates: list[list[str]]) -> tuple[list[tuple[int, str]], list[list[int]]]:

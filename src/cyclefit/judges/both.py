@@ -1,8 +1,8 @@
-"""Judges of captions and of images: CLIP similarity, functions, and sums of judges."""
+"""Judges of captions and of images: CLIP similarity, a captioner's answers, functions, and sums of judges."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -10,8 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cyclefit import UserError
-from cyclefit.config.ranges import NonNegative, checked
-from cyclefit.judges.base import Judge, Partners
+from cyclefit.config.ranges import Count, NonNegative, checked
+from cyclefit.judges.base import Judge, Partners, distinct
+from cyclefit.metrics.questions import VQASCORE, check_template
+from cyclefit.models import Captioner
+from cyclefit.models.pretrained import Adapter
 from cyclefit.records import Kind
 
 
@@ -36,6 +39,57 @@ class ImageText(Judge):
             one = partners.scorer.embed_images(given)
             many = partners.scorer.embed_texts([text for row in candidates for text in row])
         return torch.einsum("bd,bnd->bn", one, many.unflatten(0, (len(one), -1)))
+
+
+@checked
+@dataclass
+class YesProbability(Judge):
+    """P("Yes" | image, question): how likely a captioner says that the image shows the text.
+
+    VQAScore (Lin et al., ECCV 2024, arXiv 2404.01291): the question and the answer are those of its repository. The
+    probability of the answer is the product of those of its tokens, without an end token.
+    """
+
+    question: str = VQASCORE
+    """The question; `{}` is the text."""
+    answer: str = "Yes"
+    captioner: Captioner | None = field(default=None, repr=False)
+    """The captioner that is asked; the partners' if None."""
+    batch_size: Count = 32
+    """Pairs of image and text that are asked about together."""
+
+    kinds = ("captions", "images")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The captioner, unless it has its own."""
+        return ("captioner",) if self.captioner is None else ()
+
+    def check(self, partners: Partners) -> None:
+        """Whether the captioner answers questions, and the settings are a question and an answer."""
+        check_template("YesProbability", self.question, self.answer)
+        (self.captioner or partners.captioner).check_questions("YesProbability")
+
+    @torch.no_grad()
+    def score(self, partners, given, candidates, seeds, others=None) -> Float[Tensor, "b n"]:
+        """Probabilities, in [0, 1]."""
+        self.check(partners)
+        captioner = self.captioner or partners.captioner
+        if isinstance(candidates, Tensor):
+            images, count = candidates.flatten(0, 1), candidates.shape[1]
+            pairs = [(row, given[row // count]) for row in range(len(images))]
+            index = [list(range(row, row + count)) for row in range(0, len(images), count)]
+        else:
+            images, (pairs, index) = given, distinct(candidates)
+        found = []
+        for start in range(0, len(pairs), self.batch_size):
+            part = pairs[start : start + self.batch_size]
+            rows = sorted({row for row, _ in part})
+            at = torch.tensor([rows.index(row) for row, _ in part], device=images.device)
+            questions = [self.question.replace("{}", text) for _, text in part]
+            features = captioner.embed(images[rows])[at]
+            found.append(captioner.answer_log_probs(features, questions, [self.answer] * len(part)).exp())
+        return torch.cat(found)[torch.tensor(index, device=images.device)]
 
 
 @dataclass
@@ -112,6 +166,11 @@ class Sum(Judge):
     def num_others(self) -> int:
         """The largest number among the judges."""
         return max(judge.num_others for judge in self.judges)
+
+    @property
+    def models(self) -> list[Adapter]:
+        """The models of all judges."""
+        return [model for judge in self.judges for model in judge.models]
 
     def check(self, partners: Partners) -> None:
         """Checks the settings of every judge."""

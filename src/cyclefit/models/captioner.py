@@ -150,6 +150,41 @@ class Captioner(Adapter, ABC):
                 f"not {decoding.max_new_tokens}"
             )
 
+    def check_questions(self, who: str) -> None:
+        """Checks that it can be asked questions, for what is named `who`.
+
+        Raises:
+            UserError: it cannot.
+
+        """
+        raise UserError(
+            f"{who}: {type(self).__name__} answers no questions: use a VisionLanguage whose model has a chat template"
+        )
+
+    def answer_log_probs(self, features: Features, questions: list[str], answers: list[str]) -> Float[Tensor, "b"]:
+        """Log p(answer | image, question) of each row, summed over the answer's tokens without an end token, in nats.
+
+        It carries gradient to the features, and to the parameters that are trained.
+
+        Raises:
+            UserError: see `check_questions`.
+
+        """
+        self.check_questions("answer_log_probs")
+
+    def first_token_log_probs(
+        self, features: Features, questions: list[str], words: list[list[str]]
+    ) -> Float[Tensor, "b"]:
+        """Log of the probability that the answer's first token is that of one of the row's words, in nats.
+
+        Each token counts once. It carries gradient as `answer_log_probs` does.
+
+        Raises:
+            UserError: see `check_questions`.
+
+        """
+        self.check_questions("first_token_log_probs")
+
     def lengths(self, tokens: Int[Tensor, "b l"]) -> Int[Tensor, "b"]:
         """Tokens of each caption before its first end token; all of them where there is none."""
         return ((tokens == self.end_token_id).cumsum(1) == 0).sum(1)
@@ -214,21 +249,20 @@ class LargeVocabulary(Captioner):
     def logits(self, features: Features, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l v"]:
         return self.head(self.states(features, tokens))
 
-    def _token_losses(
-        self, features: Features, tokens: Int[Tensor, "b l"], smoothing: float = 0.0
+    def _losses(
+        self, states: Float[Tensor, "b l d"], tokens: Int[Tensor, "b l"], smoothing: float = 0.0
     ) -> Float[Tensor, "b l"]:
         def losses(states: Tensor, chosen: Tensor) -> Tensor:
             return F.cross_entropy(self.head(states).float(), chosen, reduction="none", label_smoothing=smoothing)
 
         rows = max(1, LOGITS_AT_ONCE // self.vocab_size)
-        states = self.states(features, tokens).flatten(0, 1).split(rows)
-        parts = zip(states, tokens.flatten().split(rows), strict=True)
+        parts = zip(states.flatten(0, 1).split(rows), tokens.flatten().split(rows), strict=True)
         found = [checkpoint(losses, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.cat(found).view(tokens.shape)
 
     @override
     def token_log_probs(self, features: Features, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l"]:
-        return -self._token_losses(features, tokens)
+        return -self._losses(self.states(features, tokens), tokens)
 
     @override
     def log_prob(self, features: Features, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b"]:
@@ -237,7 +271,8 @@ class LargeVocabulary(Captioner):
     @override
     def loss(self, features: Features, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b"]:
         mask = self.mask(tokens)
-        return (self._token_losses(features, tokens, self.label_smoothing) * mask).sum(1) / mask.sum(1).mean()
+        losses = self._losses(self.states(features, tokens), tokens, self.label_smoothing)
+        return (losses * mask).sum(1) / mask.sum(1).mean()
 
 
 def cross_entropy(

@@ -1,11 +1,11 @@
 """Vision-language models of transformers as captioners."""
 
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
@@ -13,7 +13,8 @@ from typing_extensions import override
 from cyclefit import UserError
 from cyclefit.config.paths import NameOrPath
 from cyclefit.config.ranges import Count, Share, checked
-from cyclefit.models.captioner import LargeVocabulary, merged
+from cyclefit.models.captioner import merged
+from cyclefit.models.chat import Chat, caption_prompt, encode
 from cyclefit.models.pretrained import (
     freeze,
     halve,
@@ -28,17 +29,9 @@ from cyclefit.models.quantized import load_quantized
 from cyclefit.models.repository import FAMILIES, check_family, local_files
 from cyclefit.models.rows import Features
 
-TASKS = MappingProxyType({"blip-2": "", "paligemma": "caption en", "florence2": "<CAPTION>"})
-"""The prompts of families without a chat template, by `model_type`."""
-
-QUESTION = "Describe the image in one sentence."
-"""The prompt of models with a chat template."""
-
-ANSWER = "answer"
-
 
 @checked
-class VisionLanguage(LargeVocabulary):
+class VisionLanguage(Chat):
     """A vision-language model over transformers' AutoModelForImageTextToText.
 
     SmolVLM, Idefics3, Qwen2.5-VL, Qwen3-VL, LLaVA, InternVL, Gemma 3, BLIP-2, PaliGemma, Florence-2. All images become
@@ -148,35 +141,17 @@ class VisionLanguage(LargeVocabulary):
 
     def _fix_prompt(self, prompt: str | None) -> None:
         # The prompt of one image; only the image's features differ between samples.
-        asked = QUESTION if prompt is None else prompt
-        before, after = TASKS.get(self.family) if prompt is None else prompt, ""
+        self.prompt, self.between, after = caption_prompt(self.processor, self.family, prompt, self.pretrained)
         tokenizer, end = self.tokenizer, self.generation_config.eos_token_id
         ends = [end] if isinstance(end, int) else end or [tokenizer.eos_token_id]
-        if self.processor.chat_template:
-            turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}
-            answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
-            before = self.processor.apply_chat_template([turn], add_generation_prompt=True)
-            whole = self.processor.apply_chat_template([turn, answer])
-            # Text between the prompt and an answer belongs to the caption's first token; text after it ends it.
-            between, _, after = whole.removeprefix(before).partition(ANSWER)
-        elif before is None:
-            raise UserError(f"captioner: {self.pretrained} has no chat template: set model.captioner.prompt")
-        else:
-            between = " " if before and not before[-1].isspace() and self.family == "blip-2" else ""
-            mark = getattr(self.processor, "image_token", "")
-            if self.family in ("llava", "internvl") and mark not in before:
-                before = mark + before
-        self.between = between if between.isspace() else ""
         special = [(id_, tokenizer.convert_ids_to_tokens(id_)) for id_ in (*ends, *tokenizer.all_special_ids)]
         named = [id_ for id_, token in special if token and after.lstrip().startswith(token)]
         self.end_token_id = (named or ends)[0]
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end_token_id
-        self.prompt = before
-        with torch.device("cpu"):
-            image = torch.full((3, self.image_size, self.image_size), 0.25)
-            inputs = self.processor(images=image, text=before, do_rescale=False, return_tensors="pt")
+        inputs = encode(self.processor, self.prompt, self.image_size)
         ids, token = inputs["input_ids"][0], self.model.config.image_token_id
         grid = inputs.get("image_grid_thw")
+        self._text_start = int((ids == token).nonzero()[-1]) + 1
         self.grid: list[int] | None = None if grid is None else grid[0].tolist()
         kinds = None
         if self.family == "paligemma":
@@ -290,8 +265,17 @@ class VisionLanguage(LargeVocabulary):
 
     @override
     def states(self, features: Features, tokens: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
+        return self.states_after(self.begin if self.encodes else self.ids, features, tokens)
+
+    @override
+    def states_after(
+        self,
+        before: Int[Tensor, "n"],
+        features: Features,
+        tokens: Int[Tensor, "b l"],
+        asked: Int[Tensor, "b"] | None = None,
+    ) -> Float[Tensor, "b l d"]:
         with own_precision(self.model, self.trainable is None):
-            before = self.begin if self.encodes else self.ids
             ids = torch.cat([before.expand(len(tokens), -1), tokens[:, :-1]], 1)
             mask = torch.ones_like(ids)
             if self.encodes:
@@ -300,7 +284,7 @@ class VisionLanguage(LargeVocabulary):
             else:
                 inputs = {"inputs_embeds": self._merged(ids, features.hidden)}
                 inputs |= self._positions(ids.shape) | self._deeper(features, ids.shape)
-                mask = self._causal(inputs["inputs_embeds"], mask)
+                mask = self._causal(inputs["inputs_embeds"], mask, asked)
             states = self.decoder(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
         return states[:, len(before) - 1 :]
 
@@ -311,7 +295,7 @@ class VisionLanguage(LargeVocabulary):
         if not hasattr(self, "positions"):
             return {}
         # Three axes: after the prompt they run on together.
-        after = self.positions[:, -1:] + torch.arange(1, length - len(self.ids), device=self.ids.device)
+        after = self.positions[:, -1:] + torch.arange(1, max(1, length - len(self.ids)), device=self.ids.device)
         return {"position_ids": torch.cat([self.positions, after], 1)[:, None, :length].expand(-1, count, -1)}
 
     def _deeper(self, features: Features, shape: torch.Size) -> dict[str, Tensor | list[Tensor]]:
@@ -323,12 +307,15 @@ class VisionLanguage(LargeVocabulary):
         everywhere = torch.ones(shape, dtype=torch.bool, device=self.ids.device)
         return {"visual_pos_masks": everywhere, "deepstack_visual_embeds": [x.flatten(0, 1) for x in levels.unbind(1)]}
 
-    def _causal(self, embedded: Float[Tensor, "b l d"], mask: Int[Tensor, "b l"]):
-        # PaliGemma's prompt and Gemma 3's image are read in both directions; a caption is not.
-        if self.family not in ("paligemma", "gemma3"):
+    def _causal(self, embedded: Float[Tensor, "b l d"], mask: Int[Tensor, "b l"], asked: Int[Tensor, "b"] | None):
+        # PaliGemma's prompt and Gemma 3's image are read in both directions; what follows them is not.
+        if self.family == "paligemma":
+            ends = len(self.ids) if asked is None else asked[:, None]
+            kinds = (torch.arange(mask.shape[1], device=mask.device) >= ends).long().expand(len(mask), -1)
+        elif self.family == "gemma3":
+            kinds = F.pad(self.kinds, (0, mask.shape[1] - len(self.kinds))).expand(len(mask), -1)
+        else:
             return mask
-        rest = self.kinds.new_full((mask.shape[1] - len(self.kinds),), int(self.family == "paligemma"))
-        kinds = torch.cat([self.kinds, rest]).expand(len(mask), -1)
         return self.model.create_masks_for_generate(
             self.model.config, embedded, mask, None, self._positions(mask.shape).get("position_ids"), kinds
         )

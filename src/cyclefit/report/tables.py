@@ -17,6 +17,7 @@ NONE, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 def is_percentage(metric: str) -> bool:
     """Whether a metric is on the scale of 100 that papers print, and written with one decimal."""
     names = ("CIDEr", "BLEU", "ROUGE", "METEOR", "SPICE", "CAPTURE", "R@", "self-BLEU", "CHAIR", "object recall")
+    names += ("Soft-TIFA",)
     return metric.startswith((*names, "truth", "coverage", "false captions", "false images"))
 
 

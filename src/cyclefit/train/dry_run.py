@@ -168,7 +168,9 @@ def step_needs(
     module.on_fit_start()
     halves = module.halves
     trained = [half.trained.values() for half in halves]
-    weights = sum(tensor.nbytes for tensor in {*module.parameters(), *module.buffers()})
+    rewards = [getattr(half.cycle, "reward", None) for half in halves]
+    models = [module, *(model for reward in rewards if reward is not None for model in reward.models)]
+    weights = sum(tensor.nbytes for tensor in {x for of in models for x in (*of.parameters(), *of.buffers())})
     if (average := getattr(module, "ema", None)) is not None:
         weights += sum(tensor.nbytes for tensor in average.shadow_params)
     shape = halves[0].generator.latent_shape if latents else None
