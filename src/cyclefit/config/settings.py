@@ -206,8 +206,9 @@ class Search:
                 return
         bases = tuple(base for option in options if (base := _base(option)))
         if bases and isinstance(value, dict | str):
-            # A callable makes the object later, from a first argument that the caller gives.
-            yield from self._of_class(value, bases, any(get_origin(o) is Callable for o in options), key)
+            # A callable makes the object later, from first arguments that the caller gives.
+            later = max((len(get_args(o)[0]) for o in options if get_origin(o) is Callable), default=0)
+            yield from self._of_class(value, bases, later, key)
             return
         literals = list(dict.fromkeys(str(x) for o in options if get_origin(o) is Literal for x in get_args(o)))
         words = [f"one of {', '.join(literals)}"] if literals else []
@@ -216,8 +217,8 @@ class Search:
         near = "".join(f"; did you mean {x}?" for x in get_close_matches(str(value), literals, 1))
         yield Problem(key, f"{key} must be {' or '.join(words)}, not {_shown(value)}{near}")
 
-    def _of_class(self, value: dict | str, bases: tuple[type, ...], later: bool, key: str) -> Iterator[Problem]:
-        """Problems of a class and its settings."""
+    def _of_class(self, value: dict | str, bases: tuple[type, ...], later: int, key: str) -> Iterator[Problem]:
+        """Problems of a class and its settings, but for the first `later` ones."""
         if isinstance(value, str):
             if Path(value).suffix in (".yaml", ".yml", ".json"):
                 return
@@ -243,8 +244,7 @@ class Search:
             yield cls
             return
         named, others = parameters(cls)
-        if later:
-            named = dict(list(named.items())[1:])
+        named = dict(list(named.items())[later:])
         required = {name for name, parameter in named.items() if parameter.default is parameter.empty and not later}
         given = settings.keys() | (known.given if known else set())
         source = known.source if known and known.cls is cls else self.source

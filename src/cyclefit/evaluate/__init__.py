@@ -14,11 +14,12 @@ from cyclefit.evaluate.captions import JUDGES, Captions
 from cyclefit.evaluate.common import check_out
 from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.images import Images
+from cyclefit.evaluate.matrix import Matrix, part_folder
 from cyclefit.evaluate.run import run as run_evaluation
 from cyclefit.evaluate.score import score
 from cyclefit.runs import find_checkpoint, hold
 
-__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "compare", "main", "report", "score"]
+__all__ = ["JUDGES", "Captions", "Evaluate", "Images", "Matrix", "compare", "main", "report", "score"]
 
 
 def report(evaluations: list[str], out: str | None = None) -> int:
@@ -35,14 +36,12 @@ def report(evaluations: list[str], out: str | None = None) -> int:
     return 0
 
 
-COMMANDS = {"captions": Captions, "images": Images, "score": score, "compare": compare, "report": report}
-
-
-EVALUATIONS = ("captions", "images")
+EVALUATIONS = {"captions": Captions, "images": Images, "matrix": Matrix}
+COMMANDS = EVALUATIONS | {"score": score, "compare": compare, "report": report}
 
 
 def main(arguments: list[str]) -> int:
-    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `score`, `compare RUN ...` or `report`."""
+    """`evaluate.py captions --config NAME [--runs RUN ...]`, `images`, `matrix`, `score`, `compare` or `report`."""
     from jsonargparse import ArgumentParser
 
     from cyclefit.config.settings import parse
@@ -77,8 +76,12 @@ def main(arguments: list[str]) -> int:
             for run in parsed.runs or []:
                 find_checkpoint(Path(run), parsed.checkpoint)
             if rank_zero_only.rank == 0:  # of a launch
-                held.enter_context(hold(Path(parsed.out), "--out"))
+                folder = Path(parsed.out)
+                # The parts of a matrix are worked on at the same time.
+                held.enter_context(hold(part_folder(folder, parsed.part) if name == "matrix" else folder, "--out"))
         values = parsers[name].instantiate_classes(parsed).as_dict()
         values.pop("config", None)
         done = COMMANDS[name](**values)
+        if name == "matrix":
+            return done.run()
         return run_evaluation(done) if name in EVALUATIONS else done
