@@ -71,7 +71,7 @@ def parsers(monkeypatch):
     monkeypatch.setattr(cli, "parse", keep("train"))
     with pytest.raises(Parsed):
         cli.train([])
-    for command in ("captions", "images", "score"):
+    for command in ("captions", "images", "matrix", "score"):
         monkeypatch.setattr("cyclefit.config.settings.parse", keep(command))
         with pytest.raises(Parsed):
             evaluate.main([command])
@@ -87,7 +87,8 @@ def configs():
     for path in sorted(paths, key=lambda p: (p.name != "miniature_blip.yaml", p.name)):
         under = [f"--config={whole}" for start, whole in COMPLETED.items() if path.name.startswith(start)]
         text = path.read_text()
-        command = "train" if "\nmodel:" in text else "images" if "evaluate.py images" in text else "captions"
+        command = next((name for name in ("images", "matrix") if f"evaluate.py {name}" in text), "captions")
+        command = "train" if "\nmodel:" in text else command
         read[path.name] = command, resolve_configs([*under, f"--config={path}"])
     return read
 

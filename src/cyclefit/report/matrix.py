@@ -113,9 +113,11 @@ def sentences(metric: str, of: Cells) -> list[str]:
     found = [reading(difference) for difference in of.best]
     if (kinds := of.kinds) is not None:
         low, high = limits(kinds, metric)
-        side = "no clear difference" if kinds.low <= 0 <= kinds.high else "better" if kinds.value > 0 else "worse"
+        side = "better" if kinds.value > 0 else "worse"
+        if kinds.low <= 0 <= kinds.high:
+            side = "neither clearly better nor clearly worse"
         found.append(
-            f"Pairs of a kind against what their members do with everyone, {metric}: {side}, "
+            f"Models of a kind understand each other {side} in {metric} than models of different kinds: "
             f"{signed(kinds.value, metric)} [{low}, {high}], p {p_value(kinds.p)}."
         )
     return found
