@@ -74,10 +74,14 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
             raise UserError(source + problem.sentence) from None
         raise UserError(_condensed(str(error))) from None
     config.pop("base")
-    for problem in Search(hints).settings(config.as_dict()):
+    search = Search(hints)
+    for problem in search.settings(config.as_dict()):
         if problem.of_range:
             sources = [source for found, source in _search(arguments, hints) if found.key == problem.key]
             raise UserError((sources[-1] if sources else "") + problem.sentence)
+    # The parser does not look at what a callable needs.
+    for problem, _ in search.missing():
+        raise UserError(problem.sentence)
     return config
 
 
@@ -121,9 +125,7 @@ def _search(arguments: list[str], hints: dict[str, Any], required: Iterable[str]
             yield problem, search.source
     for key in sorted(set(required) - search.given):
         yield Problem(key, f"{key} is missing: set it in a config, --config NAME, or with --{key}"), ""
-    for key, known in search.classes.items():
-        for name in sorted(known.required - known.given):
-            yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
+    yield from search.missing()
 
 
 def _read(path: str) -> dict:
@@ -165,6 +167,12 @@ class Search:
         self.source = ""
         self.given: set[str] = set()
         self.classes: dict[str, Known] = {}
+
+    def missing(self) -> Iterator[tuple[Problem, str]]:
+        """What the classes found so far need and were not given, each with the config that names the class."""
+        for key, known in self.classes.items():
+            for name in sorted(known.required - known.given):
+                yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
 
     def settings(self, values: dict, prefix: str = "") -> Iterator[Problem]:
         """Problems of the command's own settings."""

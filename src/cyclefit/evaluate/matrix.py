@@ -144,7 +144,7 @@ class Matrix:
             fabric.device,
             fabric.global_rank,
         )
-        own = slice((number - 1) * fabric.world_size + fabric.global_rank, None, parts * fabric.world_size)
+        own = slice(number - 1 + parts * fabric.global_rank, None, parts * fabric.world_size)
         samples = list(self._read(trips, own))
         trips.make(samples[own])
         fabric.barrier()
