@@ -77,7 +77,7 @@ class Made:
 
     def read(self) -> None:
         """Adds what the files of all parts and ranks contain; a line that was cut off is skipped."""
-        for path in self.folder.parent.glob("*/made.rank*.jsonl"):
+        for path in sorted(self.folder.parent.glob("*/made.rank*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError, TypeError):
                     self.values |= dict([json.loads(line)])
