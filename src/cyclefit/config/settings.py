@@ -254,7 +254,10 @@ class Search:
         named, others = parameters(cls)
         named = dict(list(named.items())[later:])
         required = {name for name, parameter in named.items() if parameter.default is parameter.empty and not later}
-        given = settings.keys() | (known.given if known else set())
+        # The parser fills in None for what a callable's class needs.
+        null = {name for name in required & settings.keys() if settings[name] is None}
+        null = {name for name in null if not any(_accepts(None, of) for of in _options(named[name].annotation))}
+        given = (settings.keys() - null) | (known.given if known else set())
         source = known.source if known and known.cls is cls else self.source
         self.classes[key] = Known(cls, required, given, source)
         for name, x in settings.items():
