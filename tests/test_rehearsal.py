@@ -4,9 +4,11 @@ Architectures are tiny, everything else is as published: file names, configs, to
 """
 
 import sys
+from copy import deepcopy
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 
 from benchmarks.rehearsal import CLIPS, PUBLISHED, TINY_CLIP, Cache, composed, repositories, steps
@@ -183,3 +185,19 @@ def test_ablation(published, photos, tmp_path):
     configs = ["evaluate_captions", "ablation_scorers"]
     found = evaluated("captions", configs, photos, tmp_path / "out", "--runs=[]", "--num_candidates=2")
     assert {one.model for one in found} == {"base"}
+
+
+def test_matrix(published, photos, tmp_path):
+    """Its captioners and generators, but for Stable Diffusion 3 in the place of 3.5."""
+    config = deepcopy(CONFIGS["matrix"])
+    config["generators"]["sd35"]["init_args"]["pretrained"] = "stabilityai/stable-diffusion-3-medium-diffusers"
+    for generator in config["generators"].values():
+        generator["init_args"] |= {"steps": 2, "image_size": 64}
+    config |= {"shards": {"test": str(photos)}, "limit": 2, "num_workers": 0, "out": str(tmp_path / "out")}
+    published(*needed(config))
+    (tmp_path / "matrix.yaml").write_text(yaml.safe_dump(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py"])
+        assert evaluate.main(["matrix", f"--config={tmp_path / 'matrix.yaml'}"]) == 0
+    assert len(list((tmp_path / "out").glob("images/**/*.png"))) == 2 * (1 + 3 + 9)
+    assert (tmp_path / "out" / "report.html").is_file()

@@ -72,7 +72,7 @@ def parsers(monkeypatch):
     monkeypatch.setattr(cli, "parse", keep("train"))
     with pytest.raises(Parsed):
         cli.train([])
-    for command in ("captions", "images", "judges", "score", "questions"):
+    for command in ("captions", "images", "matrix", "judges", "score", "questions"):
         monkeypatch.setattr("cyclefit.config.settings.parse", keep(command))
         with pytest.raises(Parsed):
             evaluate.main([command])
@@ -88,7 +88,7 @@ def configs():
     for path in sorted(paths, key=lambda p: (p.name != "miniature_blip.yaml", p.name)):
         under = [f"--config={whole}" for start, whole in COMPLETED.items() if path.name.startswith(start)]
         text = path.read_text()
-        named = re.search(r"evaluate.py (images|judges)", text)
+        named = re.search(r"evaluate.py (images|judges|matrix)", text)
         command = "train" if "\nmodel:" in text else named[1] if named else "captions"
         read[path.name] = command, resolve_configs([*under, f"--config={path}"])
     return read

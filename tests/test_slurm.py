@@ -355,3 +355,17 @@ def test_an_evaluation_continues_after_the_limit(slurm, project):
     wait(lambda: "Restarts=1" in slurm("scontrol", "show", "job", job), log)
     wait(lambda: not slurm("squeue", "-h"), log)
     assert (folder / "report.html").exists(), log.read_text()[-3000:]
+
+
+def test_an_array_works_on_the_parts_of_a_matrix(slurm, project):
+    """Two tasks with a part of the inputs each, and a job after them that finds everything made."""
+    shards = json.dumps({"test": "data/miniature/test"})
+    arguments = ["--config", "miniature_matrix.yaml", f"--shards={shards}", "--limit=4", "--out=runs/matrix"]
+    script = ["--gpus-per-node=0", "--cpus-per-task=1", "slurm/evaluate.sbatch", "matrix", *arguments]
+    array = slurm("sbatch", "--parsable", "--array=1-2", *script, cwd=project).strip()
+    job = slurm("sbatch", "--parsable", f"--dependency=afterok:{array}", *script, cwd=project).strip()
+    log, folder = project / "slurm" / "logs" / f"evaluate-{job}.log", project / "runs" / "matrix"
+    wait(lambda: not slurm("squeue", "-h"), log)
+    assert (folder / "report.html").exists(), log.read_text()[-3000:]
+    assert sorted(path.parent.name for path in folder.glob("parts/*/made.*")) == ["1-of-2", "2-of-2"]
+    assert "test, prompt → image → caption: 4 images" in log.read_text()

@@ -74,10 +74,14 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
             raise UserError(source + problem.sentence) from None
         raise UserError(_condensed(str(error))) from None
     config.pop("base")
-    for problem in Search(hints).settings(config.as_dict()):
+    search = Search(hints)
+    for problem in search.settings(config.as_dict()):
         if problem.of_range:
             sources = [source for found, source in _search(arguments, hints) if found.key == problem.key]
             raise UserError((sources[-1] if sources else "") + problem.sentence)
+    # The parser does not look at what a callable needs.
+    for problem, _ in search.missing():
+        raise UserError(problem.sentence)
     return config
 
 
@@ -121,9 +125,7 @@ def _search(arguments: list[str], hints: dict[str, Any], required: Iterable[str]
             yield problem, search.source
     for key in sorted(set(required) - search.given):
         yield Problem(key, f"{key} is missing: set it in a config, --config NAME, or with --{key}"), ""
-    for key, known in search.classes.items():
-        for name in sorted(known.required - known.given):
-            yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
+    yield from search.missing()
 
 
 def _read(path: str) -> dict:
@@ -166,6 +168,12 @@ class Search:
         self.given: set[str] = set()
         self.classes: dict[str, Known] = {}
 
+    def missing(self) -> Iterator[tuple[Problem, str]]:
+        """What the classes found so far need and were not given, each with the config that names the class."""
+        for key, known in self.classes.items():
+            for name in sorted(known.required - known.given):
+                yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
+
     def settings(self, values: dict, prefix: str = "") -> Iterator[Problem]:
         """Problems of the command's own settings."""
         names = sorted({key[len(prefix) :].split(".")[0] for key in self.hints if key.startswith(prefix)})
@@ -206,8 +214,9 @@ class Search:
                 return
         bases = tuple(base for option in options if (base := _base(option)))
         if bases and isinstance(value, dict | str):
-            # A callable makes the object later, from a first argument that the caller gives.
-            yield from self._of_class(value, bases, any(get_origin(o) is Callable for o in options), key)
+            # A callable makes the object later, from first arguments that the caller gives.
+            later = max((len(get_args(o)[0]) for o in options if get_origin(o) is Callable), default=0)
+            yield from self._of_class(value, bases, later, key)
             return
         literals = list(dict.fromkeys(str(x) for o in options if get_origin(o) is Literal for x in get_args(o)))
         words = [f"one of {', '.join(literals)}"] if literals else []
@@ -216,8 +225,8 @@ class Search:
         near = "".join(f"; did you mean {x}?" for x in get_close_matches(str(value), literals, 1))
         yield Problem(key, f"{key} must be {' or '.join(words)}, not {_shown(value)}{near}")
 
-    def _of_class(self, value: dict | str, bases: tuple[type, ...], later: bool, key: str) -> Iterator[Problem]:
-        """Problems of a class and its settings."""
+    def _of_class(self, value: dict | str, bases: tuple[type, ...], later: int, key: str) -> Iterator[Problem]:
+        """Problems of a class and its settings, but for the first `later` ones."""
         if isinstance(value, str):
             if Path(value).suffix in (".yaml", ".yml", ".json"):
                 return
@@ -243,10 +252,12 @@ class Search:
             yield cls
             return
         named, others = parameters(cls)
-        if later:
-            named = dict(list(named.items())[1:])
+        named = dict(list(named.items())[later:])
         required = {name for name, parameter in named.items() if parameter.default is parameter.empty and not later}
-        given = settings.keys() | (known.given if known else set())
+        # The parser fills in None for what a callable's class needs.
+        null = {name for name in required & settings.keys() if settings[name] is None}
+        null = {name for name in null if not any(_accepts(None, of) for of in _options(named[name].annotation))}
+        given = (settings.keys() - null) | (known.given if known else set())
         source = known.source if known and known.cls is cls else self.source
         self.classes[key] = Known(cls, required, given, source)
         for name, x in settings.items():

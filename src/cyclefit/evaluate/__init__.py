@@ -16,13 +16,15 @@ from cyclefit.evaluate.compare import compare
 from cyclefit.evaluate.draw import draw
 from cyclefit.evaluate.images import Images
 from cyclefit.evaluate.judges import judges
+from cyclefit.evaluate.matrix import Matrix, part_folder
 from cyclefit.evaluate.questions import questions
 from cyclefit.evaluate.run import run as run_evaluation
 from cyclefit.evaluate.score import score
 from cyclefit.runs import find_checkpoint, hold
 
 __all__ = [
-    "JUDGES", "Captions", "Evaluate", "Images", "compare", "draw", "judges", "main", "questions", "report", "score",
+    "JUDGES", "Captions", "Evaluate", "Images", "Matrix", "compare", "draw", "judges", "main", "questions", "report",
+    "score",
 ]  # fmt: skip
 
 
@@ -40,13 +42,10 @@ def report(evaluations: list[str], out: str | None = None) -> int:
     return 0
 
 
-COMMANDS = {
-    "captions": Captions, "images": Images, "judges": judges, "score": score, "questions": questions, "draw": draw,
-    "compare": compare, "report": report,
+EVALUATIONS = {"captions": Captions, "images": Images, "matrix": Matrix}
+COMMANDS = EVALUATIONS | {
+    "judges": judges, "score": score, "questions": questions, "draw": draw, "compare": compare, "report": report,
 }  # fmt: skip
-
-
-EVALUATIONS = ("captions", "images")
 
 
 def main(arguments: list[str]) -> int:
@@ -86,8 +85,12 @@ def main(arguments: list[str]) -> int:
                 for run in parsed.runs or []:
                     find_checkpoint(Path(run), parsed.checkpoint)
             if rank_zero_only.rank == 0:  # of a launch
-                held.enter_context(hold(Path(parsed.out), "--out"))
+                folder = Path(parsed.out)
+                # The parts of a matrix are worked on at the same time.
+                held.enter_context(hold(part_folder(folder, parsed.part) if name == "matrix" else folder, "--out"))
         values = parsers[name].instantiate_classes(parsed).as_dict()
         values.pop("config", None)
         done = COMMANDS[name](**values)
+        if name == "matrix":
+            return done.run()
         return run_evaluation(done) if name in EVALUATIONS else done

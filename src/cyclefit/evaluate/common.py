@@ -9,10 +9,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
@@ -45,7 +46,7 @@ def load_models(
     return models
 
 
-def check_out(folder: Path, kind: records.Kind, splits: Iterable[str]) -> None:
+def check_out(folder: Path, kind: records.Kind | Literal["matrix"], splits: Iterable[str]) -> None:
     """Looks at the names that an evaluation writes under, before anything is loaded or written.
 
     Raises:
@@ -54,6 +55,8 @@ def check_out(folder: Path, kind: records.Kind, splits: Iterable[str]) -> None:
     """
 
     def own(folder: Path) -> bool:
+        if kind == "matrix":
+            return (folder / "parts").is_dir()
         # One that has not come to its end has settings alone.
         written = [folder / "metrics.json", *folder.glob("candidates-*.settings.json")]
         try:
@@ -201,14 +204,47 @@ def save_sources(folder: Path, batch, side: int | None = None) -> None:
             save_image(image, path, side)
 
 
-def save_image(image: torch.Tensor, path: Path, side: int | None = None) -> None:
-    """Saves an image (3, h, w) in [0, 1], its longer side at most `side` pixels if that is given."""
+def save_image(image: torch.Tensor, path: Path, side: int | None = None, **texts: str) -> None:
+    """Saves an image (3, h, w) in [0, 1] with texts, its longer side at most `side` pixels if that is given."""
     pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels)
     if side is not None:
         picture.thumbnail((side, side))
+    about = PngInfo()
+    for name, text in texts.items():
+        about.add_text(name, text)
     with atomic(path) as partial:  # a run takes a picture that is there for a whole one
-        picture.save(partial, "PNG")
+        picture.save(partial, "PNG", pnginfo=about)
+
+
+def log_tables(tables: dict[str, list[dict]], folder: Path, summary: dict | None = None, **settings) -> None:
+    """Logs tables, the figures of a folder and a summary to W&B as a run of its own, unless W&B is disabled.
+
+    `settings` are those of `wandb.init`.
+    """
+    import wandb
+
+    from cyclefit.train.loggers import wandb_mode
+
+    mode = os.environ.get("WANDB_MODE") or wandb_mode(folder)
+    if mode == "disabled":
+        return
+    with wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "cyclefit"),
+        name=folder.name,
+        dir=folder,
+        mode=mode,
+        reinit="create_new",  # whatever else this process logs
+        settings=wandb.Settings(silent=True),
+        **settings,
+    ) as run:
+        for name, rows in tables.items():
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            data = [[row.get(column) for column in columns] for row in rows]
+            run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
+        for path in sorted((folder / "figures").glob("*.png")):
+            run.log({f"figures/{path.stem}": wandb.Image(str(path))})
+        run.summary.update(summary or {})
 
 
 def machine() -> str:

@@ -1,7 +1,6 @@
 """Runs side by side: their settings, their cost, what evaluations measured, and how they differ."""
 
 import json
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Column, Table
 
 from cyclefit import UserError
 from cyclefit.evaluate.analyses import difference
+from cyclefit.evaluate.common import log_tables
 from cyclefit.files import check_out_folder
 from cyclefit.metrics.facts import counts_of
 from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
@@ -332,31 +332,13 @@ def _print(runs: list[dict], entries: list[Entry], left_out: list[str]) -> None:
 
 def _log(tables: dict[str, list[dict]], folder: Path, group: str | None, runs: list[Run]) -> None:
     """The tables and figures as a W&B run of its own, which names the runs compared."""
-    import wandb
-
-    from cyclefit.train.loggers import wandb_mode
-
-    mode = os.environ.get("WANDB_MODE") or wandb_mode(folder)
-    if mode == "disabled":
-        return
     ids = {run.name: run.folder / "wandb_id.txt" for run in runs}
-    with wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "cyclefit"),
-        name=folder.name,
+    log_tables(
+        dict(zip(("runs", "differences"), tables.values(), strict=True)),
+        folder,
+        {f"{row['run']}/{k}": v for row in tables["comparison"] for k, v in row.items() if isinstance(v, int | float)},
         group=group,
         job_type="comparison",
         tags=["comparison", *(name[:64] for name in ids)],
-        dir=folder,
-        mode=mode,
         config={"runs": {name: path.read_text().strip() for name, path in ids.items() if path.exists()}},
-        reinit="create_new",  # whatever else this process logs
-        settings=wandb.Settings(silent=True),
-    ) as run:
-        for name, rows in zip(("runs", "differences"), tables.values(), strict=True):
-            columns = list(dict.fromkeys(column for row in rows for column in row))
-            data = [[row.get(column) for column in columns] for row in rows]
-            run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
-        for path in sorted((folder / "figures").glob("*.png")):
-            run.log({f"figures/{path.stem}": wandb.Image(str(path))})
-        for row in tables["comparison"]:
-            run.summary.update({f"{row['run']}/{k}": v for k, v in row.items() if isinstance(v, int | float)})
+    )
