@@ -265,7 +265,6 @@ def test_interaction():
         (["--part=2"], "part must be I/N"),
         (["--kinds={x: first}"], "kinds.x: there is no such member; there are blip, smolvlm, sd, sd3"),
         (["--captioners={}"], "captioners is empty: name at least one model"),
-        (["--captioners={a: {class_path: VisionLanguage}}"], "VisionLanguage needs a pretrained: set captioners.a.pre"),
         (["--captioners={a: {class_path: Blipp}}"], "captioners.a: there is no class Blipp; did you mean Blip?"),
         (["--captioners={a/b: {class_path: Blip}}"], "captioners: the name 'a/b' cannot be part of a file name"),
         (["--captioners={a: {class_path: Blip, init_args: {lora_rank: 0}}}"], "captioners.a.lora_rank must be a whole"),

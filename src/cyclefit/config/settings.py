@@ -74,14 +74,10 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
             raise UserError(source + problem.sentence) from None
         raise UserError(_condensed(str(error))) from None
     config.pop("base")
-    search = Search(hints)
-    for problem in search.settings(config.as_dict()):
+    for problem in Search(hints).settings(config.as_dict()):
         if problem.of_range:
             sources = [source for found, source in _search(arguments, hints) if found.key == problem.key]
             raise UserError((sources[-1] if sources else "") + problem.sentence)
-    # The parser does not look at what a callable needs.
-    for problem, _ in search.missing():
-        raise UserError(problem.sentence)
     return config
 
 
@@ -125,7 +121,9 @@ def _search(arguments: list[str], hints: dict[str, Any], required: Iterable[str]
             yield problem, search.source
     for key in sorted(set(required) - search.given):
         yield Problem(key, f"{key} is missing: set it in a config, --config NAME, or with --{key}"), ""
-    yield from search.missing()
+    for key, known in search.classes.items():
+        for name in sorted(known.required - known.given):
+            yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
 
 
 def _read(path: str) -> dict:
@@ -167,12 +165,6 @@ class Search:
         self.source = ""
         self.given: set[str] = set()
         self.classes: dict[str, Known] = {}
-
-    def missing(self) -> Iterator[tuple[Problem, str]]:
-        """What the classes found so far need and were not given, each with the config that names the class."""
-        for key, known in self.classes.items():
-            for name in sorted(known.required - known.given):
-                yield Problem(key, f"{known.cls.__name__} needs a {name}: set {key}.{name}"), known.source
 
     def settings(self, values: dict, prefix: str = "") -> Iterator[Problem]:
         """Problems of the command's own settings."""
@@ -254,10 +246,7 @@ class Search:
         named, others = parameters(cls)
         named = dict(list(named.items())[later:])
         required = {name for name, parameter in named.items() if parameter.default is parameter.empty and not later}
-        # The parser fills in None for what a callable's class needs.
-        null = {name for name in required & settings.keys() if settings[name] is None}
-        null = {name for name in null if not any(_accepts(None, of) for of in _options(named[name].annotation))}
-        given = (settings.keys() - null) | (known.given if known else set())
+        given = settings.keys() | (known.given if known else set())
         source = known.source if known and known.cls is cls else self.source
         self.classes[key] = Known(cls, required, given, source)
         for name, x in settings.items():
