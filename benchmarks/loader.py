@@ -90,7 +90,7 @@ def loading(data: ShardData) -> tuple[float, float]:
 
 
 def rate(folder: Path, arguments: argparse.Namespace) -> None:
-    """Rates with 0, 1, 2, 4 workers, many small shards and few large ones."""
+    """Rates with and without workers, many small shards and few large ones."""
     rng = np.random.default_rng(0)
     pictures = [photograph(rng, 640, 480, 95) for _ in track(range(64), "drawing", transient=True)]
     number, size = 2048, arguments.image_size
@@ -100,7 +100,7 @@ def rate(folder: Path, arguments: argparse.Namespace) -> None:
         rates.setdefault("decoding alone", []).append(decoding(pictures, size, 320))
         for layout, shards in layouts.items():
             rates.setdefault(f"reading alone, {layout}", []).append(reading(shards))
-            for workers in (0, 1, 2, 4):
+            for workers in arguments.workers:
                 data = ShardData(
                     shards,
                     image_size=size,
@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="rate|memory|order", help="all if none is given")
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="of rate")
     parser.add_argument("--samples", type=int, default=100_000, help="of memory and order")
     arguments = parser.parse_args()
     parts = arguments.parts or ["rate", "memory", "order"]

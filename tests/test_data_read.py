@@ -83,14 +83,14 @@ def test_batches_follow_the_convention(shards):
     assert len(batches) == len(loader) == 10
     for batch in batches:
         assert isinstance(batch, Batch) and batch.images.shape == (4, 3, 8, 8)
-        assert batch.images.dtype == torch.float32 and batch.images.is_contiguous()
+        assert batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
         for image, caption, references, key in zip(
             batch.images, batch.captions, batch.references, batch.keys, strict=True
         ):
             assert references == [f"{key} {letter}" for letter in "abc"] and caption in references
             shard, index = int(key[1]), int(key[3:])
-            expected = torch.tensor([shard * 20, index * 20, 0]) / 255
-            assert torch.allclose(image, expected[:, None, None].expand(3, 8, 8), atol=1e-6)
+            expected = torch.tensor([shard * 20, index * 20, 0], dtype=torch.uint8)
+            assert torch.equal(image, expected[:, None, None].expand(3, 8, 8))
     assert {caption[-1] for batch in batches for caption in batch.captions} == set("abc")
 
 
@@ -114,7 +114,7 @@ def test_crops_are_drawn_anew(tmp_path):
     tar(tmp_path / "0.tar", {"a.png": stored.getvalue(), "a.json": captions("a ramp")})
     options = dict(batch_size=1, epoch_size=20)
     lefts = {b.images[0, 0, 0, 0].item() for b in data(tmp_path / "0.tar", **options).train_dataloader()}
-    assert len(lefts) > 10 and min(lefts) < 0.3 < 0.6 < max(lefts)
+    assert len(lefts) > 10 and min(lefts) < 76 < 153 < max(lefts)
     centred = data(tmp_path / "0.tar", crop="center", **options).train_dataloader()
     assert len({b.images[0, 0, 0, 0].item() for b in centred}) == 1
 
@@ -163,6 +163,17 @@ def test_fewer_shards_than_workers_is_said_and_works(shards, monkeypatch, caplog
     assert "4 training shards for 3 ranks x 2 workers" in caplog.text
 
 
+def test_images_become_floats_on_the_device():
+    values = torch.arange(256, dtype=torch.uint8)
+    images = values.view(4, 1, 8, 8).expand(4, 3, 8, 8)
+    parts = ["c"] * 4, [["c"]] * 4, ["k"] * 4
+    batch = Batch(images, *parts, rejected_images=images, unpaired=Batch(images, *parts)).to("cpu")
+    expected = torch.from_numpy(np.arange(256, dtype=np.float32) / np.float32(255)).view(4, 1, 8, 8).expand(4, 3, 8, 8)
+    for made in (batch.images, batch.rejected_images, batch.unpaired.images):
+        assert torch.equal(made, expected)
+    assert batch.to("cpu").images is batch.images, "floats stay as they are"
+
+
 # resuming
 
 
@@ -173,6 +184,7 @@ class Recorder(L.LightningModule):
         self.seen: list[tuple] = []
 
     def training_step(self, batch, batch_idx):
+        assert batch.images.dtype == torch.float32 and batch.images.max() <= 1
         self.seen.append((batch_idx, batch.keys, batch.captions, batch.images.sum().item()))
         return self.layer(batch.images.mean().view(1, 1)).sum()
 

@@ -421,7 +421,7 @@ def test_latents_are_computed_for_the_family_that_a_model_is_of(name, folders, w
         num_workers=0,
         crop="center",
     )
-    batch = next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader())).to("cpu")
     torch.testing.assert_close(batch.latents.float(), generator.encode_images(batch.images), atol=2e-3, rtol=2e-3)
     with pytest.raises(UserError, match="--class_path: there is no class Sena; did you mean Sana"):
         latents.main([*command[:-2], "--out", str(tmp_path / "other"), "--class_path", "Sena"])

@@ -42,7 +42,7 @@ def data(shards, folder, **settings):
 def test_shards_hold_what_they_held_and_the_latents(world, encoded, folder, generator):
     before, after = verify_shards(world / "validation"), verify_shards(encoded)
     assert before["samples"] == after["samples"]
-    batch = next(iter(data(encoded, folder).train_dataloader()))
+    batch = next(iter(data(encoded, folder).train_dataloader())).to("cpu")
     assert batch.latents.dtype == torch.float16
     own = StableDiffusion(folder).encode_images(batch.images)
     torch.testing.assert_close(batch.latents.float(), own, atol=2e-3, rtol=2e-3)
@@ -57,7 +57,7 @@ def test_a_step_is_the_same_without_the_vae(kind, weights, encoded, folder, coun
     generator, calls = counted
     # Noise is drawn in the order of memory, and the VAE's output is laid out otherwise than what was read.
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.randn(x.shape))
-    batch = next(iter(data(encoded, folder).train_dataloader()))
+    batch = next(iter(data(encoded, folder).train_dataloader())).to("cpu")
     captioner = Blip(str(weights / "blip"), trainable="cross-attention queries")
     if kind == "captioner":
         module = CaptionerFinetune(captioner, generator, cycle=SoftCaptionDenoising())

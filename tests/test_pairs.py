@@ -31,7 +31,7 @@ def train_batch(folder, *asked, **settings):
     settings = {"image_size": 32, "batch_size": 2, "epoch_size": 2, "num_workers": 0} | settings
     data = ShardData(train=str(folder), **settings)
     data.rejected |= set(asked)
-    return next(iter(data.train_dataloader()))
+    return next(iter(data.train_dataloader())).to("cpu")
 
 
 def test_best_and_worst_are_a_pair(ranked, photos, tmp_path, capsys):

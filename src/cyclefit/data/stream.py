@@ -5,7 +5,7 @@ import os
 import random
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count, groupby, islice
 
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from cyclefit import UserError
-from cyclefit.batch import Batch
+from cyclefit.batch import Batch, Stack
 
 from .samples import BadSample, BadSamples, UnusableData, decode
 from .shards import expand_shards, is_remote, is_text, raw_samples
@@ -63,7 +63,7 @@ class _Stream(IterableDataset):
                 yield self._batch(parts)
         except UnusableData as error:
             self._report.error = str(error)
-            yield self._batch([])
+            yield self._batch(())
 
     def _note(self, reason: str, key: str, shard: str) -> None:
         self._report.records.append((reason, key, shard))
@@ -77,17 +77,20 @@ class _Stream(IterableDataset):
             self._note(str(bad), *_name(sample))
             return None
 
-    def _batch(self, parts: list[tuple]) -> tuple[Batch | None, _Report]:
-        """The batch with its images as bytes, a quarter of the shared memory of floats."""
+    def _batch(self, parts: Iterable[tuple]) -> tuple[Batch | None, _Report]:
+        """The batch with its images as bytes, a quarter of the memory of floats."""
+        images, beaten, rows = Stack(self.batch_size), Stack(self.batch_size), []
+        for image, *rest, rejected_image in parts:
+            images.add(image)
+            beaten.add(rejected_image)
+            rows.append(rest)
         report, self._report = self._report, _Report()
-        if not parts:
+        if not rows:
             return None, report
-        images, captions, references, keys, latents, facts, rejected, beaten = map(list, zip(*parts, strict=True))
-        images, latents, beaten = (
-            None if arrays[0] is None else torch.from_numpy(np.stack(arrays)) for arrays in (images, latents, beaten)
-        )
+        captions, references, keys, latents, facts, rejected = map(list, zip(*rows, strict=True))
+        latents = None if latents[0] is None else torch.from_numpy(np.stack(latents))
         facts, rejected = facts if any(facts) else None, None if rejected[0] is None else rejected
-        return Batch(images, captions, references, keys, latents, facts, rejected, beaten), report
+        return Batch(images.made(), captions, references, keys, latents, facts, rejected, beaten.made()), report
 
 
 class _ShuffleBuffer:
@@ -155,7 +158,7 @@ class TrainStream(_Stream):
                     setattr(batch, name, part)
             yield batch, report
 
-    def _batches(self, worker: int, workers: int) -> Iterator[list[tuple]]:
+    def _batches(self, worker: int, workers: int) -> Iterator[Iterable[tuple]]:
         worker = (worker + self.start) % workers
         lot, lots = self.rank * workers + worker, self.ranks * workers
         name = f"{self.seed} {self.epoch} {self.rank} {worker}"
@@ -163,21 +166,22 @@ class TrainStream(_Stream):
         samples, rng = self._samples(lot, lots), random.Random(f"{name} buffer")
         buffer = _ShuffleBuffer(samples, self.shuffle_buffer, self.batch_size, rng)
         for j in range(worker, self.batches, workers):
-            parts = []
-            for place in range(self.batch_size):
-                sample = buffer.draw()
-                if j >= self.start:
-                    rng = random.Random(f"{name} {j} {place}")
-                    parts.append(self._decoded(sample, rng) or self._stand_in(buffer, lot, lots, rng))
-            if j < self.start:
-                self._report = _Report()
+            if j >= self.start:
+                yield self._parts(buffer, lot, lots, f"{name} {j}", last=j + workers >= self.batches)
                 continue
-            if j + workers >= self.batches and self._unfinished:
-                self._report.remark = (
-                    f"an epoch ends within its first shard, {self._unfinished}: of shards this long "
-                    "only the beginning is seen; raise epoch_size, lower num_workers or make shorter shards."
-                )
-            yield parts
+            for _ in range(self.batch_size):
+                buffer.draw()
+            self._report = _Report()
+
+    def _parts(self, buffer: _ShuffleBuffer, lot: int, lots: int, name: str, last: bool) -> Iterator[tuple]:
+        for place in range(self.batch_size):
+            sample, rng = buffer.draw(), random.Random(f"{name} {place}")
+            yield self._decoded(sample, rng) or self._stand_in(buffer, lot, lots, rng)
+        if last and self._unfinished:
+            self._report.remark = (
+                f"an epoch ends within its first shard, {self._unfinished}: of shards this long "
+                "only the beginning is seen; raise epoch_size, lower num_workers or make shorter shards."
+            )
 
     def _stand_in(self, buffer: _ShuffleBuffer, lot: int, lots: int, rng: random.Random) -> tuple:
         # From the buffer, which is the same whatever was bad before; where all of it is bad, from a stream of
@@ -238,7 +242,7 @@ class EvaluationStream(_Stream):
 
     limit: int | None
 
-    def _batches(self, worker: int, workers: int) -> Iterator[list[tuple]]:
+    def _batches(self, worker: int, workers: int) -> Iterator[Iterable[tuple]]:
         # Every worker meets the same broken shards; one reports them.
         note = self._note if worker == 0 else lambda *record: None
         samples = islice((sample for url in self.urls for sample in raw_samples(url, note)), self.limit)
@@ -246,10 +250,10 @@ class EvaluationStream(_Stream):
         for batch, numbered in groupby(enumerate(samples), lambda item: item[0] // self.ranks // self.batch_size):
             if batch % workers == worker:
                 own = (sample for number, sample in numbered if number % self.ranks == self.rank)
-                yield [part for part in map(self._decoded, own) if part]
+                yield filter(None, map(self._decoded, own))
         if batch is None:
             raise UnusableData(f"no sample in {', '.join(self.urls[:3])}{' ...' if self.urls[3:] else ''}.")
-        yield []  # what was noted since the last batch
+        yield ()  # what was noted since the last batch
 
 
 def _outlast_signals(worker: int) -> None:
@@ -261,7 +265,7 @@ def _outlast_signals(worker: int) -> None:
 
 
 class Loader:
-    """The batches of a stream, images as floats; raises UnusableData where too many samples are bad."""
+    """The batches of a stream, images as bytes; raises UnusableData where too many samples are bad."""
 
     def __init__(self, stream: IterableDataset, num_workers: int, bad: BadSamples):
         self.stream, self.num_workers, self.bad = stream, num_workers, bad
@@ -279,14 +283,7 @@ class Loader:
             if report.error:
                 raise UnusableData(report.error)
             if batch is not None:
-                for part in filter(None, (batch, batch.unpaired, batch.prompts)):
-                    part.images, part.rejected_images = map(_floats, (part.images, part.rejected_images))
                 yield batch
-
-
-def _floats(images: torch.Tensor | None) -> torch.Tensor | None:
-    # numpy asks for huge pages, torch does not: filling fresh memory takes a third of the time.
-    return None if images is None else torch.from_numpy(np.empty(images.shape, np.float32)).copy_(images).div_(255)
 
 
 class TrainLoader(Loader):
@@ -350,8 +347,11 @@ def evaluation_batches(
     limit: int | None = None,
     num_workers: int = 0,
     bad: BadSamples | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """One pass in shard order over the first `limit` samples, each with its first caption; centre crop.
+
+    Batches are on the device, images as floats.
 
     A batch that holds bad samples is smaller by them. `bad` collects what was skipped and says how much may be; a tenth
     unless given.
@@ -362,7 +362,8 @@ def evaluation_batches(
 
     """
     stream = EvaluationStream(expand_shards(shards), {"image_size": image_size}, batch_size, 0, 1, limit)
-    return _unique(evaluation_loader(stream, num_workers, bad or BadSamples(0.1)), shards)
+    loader = evaluation_loader(stream, num_workers, bad or BadSamples(0.1))
+    return (batch.to(device) for batch in _unique(loader, shards))
 
 
 def _unique(batches: Loader, shards: str | list[str]) -> Iterator[Batch]:
