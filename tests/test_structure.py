@@ -114,22 +114,6 @@ def test_heavy_libraries_load_late(module, heavy):
     assert loaded.strip() == "[]"
 
 
-def test_a_command_imports_the_metrics_that_it_uses():
-    code = """
-import sys
-from cyclefit.config.start import importing
-with importing():
-    import cyclefit.train.cli
-print([name for name in ("torchvision", "transformers", "torchmetrics.functional") if name in sys.modules])
-import torchmetrics
-from torchmetrics import Accuracy, MeanMetric
-print(torchmetrics.functional.accuracy.__name__, issubclass(MeanMetric, torchmetrics.Metric))
-print(isinstance(MeanMetric(), cyclefit.finetune.base.MeanMetric), torchmetrics.__version__[0])
-"""
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said.split("\n") == ["[]", "accuracy True", "True 1", ""]
-
-
 def test_no_unsafe_loading():
     others = (path for folder in ("benchmarks", "studies") for path in (ROOT / folder).rglob("*.py"))
     for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("*.py"), *others]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import logging
 import os
 import re
 import shlex
@@ -15,8 +14,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib import import_module
-from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
 from cyclefit import UserError
@@ -29,45 +26,11 @@ CONFIGS = ROOT / "configs"
 def importing() -> Iterator[None]:
     """Heavy imports without the garbage collector, which finds nothing there and takes a fifth of the time."""
     gc.disable()
-    _import_torchmetrics_in_parts()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
-
-
-_METRICS = {
-    "__version__": "__about__",
-    "Metric": "metric",
-    "MetricCollection": "collections",
-    "MeanMetric": "aggregation",
-}
-
-
-def _import_torchmetrics_in_parts() -> None:
-    """Makes `import torchmetrics`, which Lightning does, import what is used of it.
-
-    The package imports all of its metrics, and with them torchvision and transformers, which takes as long as torch.
-    The first use of a name that is not in `_METRICS` still imports all of it.
-    """
-    spec = find_spec("torchmetrics")
-    if spec is None or "torchmetrics" in sys.modules:
-        return
-    package = sys.modules["torchmetrics"] = module_from_spec(spec)
-    package._logger = logging.getLogger("torchmetrics")  # which its modules import from it
-
-    def part(name: str):
-        if name in _METRICS:
-            import_module("torchmetrics.utilities")  # cannot be imported from within the others
-            return getattr(import_module(f"torchmetrics.{_METRICS[name]}"), name)
-        if name.startswith("__"):
-            raise AttributeError(name)
-        del package.__getattr__
-        spec.loader.exec_module(package)
-        return getattr(package, name)
-
-    package.__getattr__ = part
 
 
 def resolve_configs(arguments: list[str]) -> list[str]:
