@@ -184,6 +184,7 @@ def test_what_was_cut_off_or_has_changed_is_made_anew(whole, config, tmp_path):
     torn = sorted(folder.glob("images/test/of-captions/blip/sd/*.png"))[0]
     torn.write_bytes(torn.read_bytes()[:40])
     assert assess(path, folder) == {"StableDiffusion": 1}
+    assert set(made.read_text().split("\n")) > set(lines)
     assert cells(folder) == cells(whole[0])
 
     changed = assess(config("changed", generators__sd__init_args__guidance_scale=5.0), folder)
