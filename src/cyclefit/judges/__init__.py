@@ -3,10 +3,11 @@
 The same judge is a reward during finetuning and a reranker at inference.
 """
 
-from cyclefit.judges.base import Judge, Partners, check_judge, distinct
+from cyclefit.judges.base import Judge, Partners, check_complete, check_judge, distinct
 from cyclefit.judges.both import Function, ImageText, Sum
 from cyclefit.judges.captions import Denoising, Regeneration
 from cyclefit.judges.images import CaptionLikelihood, SceneFacts, TextCycle
+from cyclefit.judges.race import Race
 
 __all__ = [
     "CaptionLikelihood",
@@ -15,10 +16,12 @@ __all__ = [
     "ImageText",
     "Judge",
     "Partners",
+    "Race",
     "Regeneration",
     "SceneFacts",
     "Sum",
     "TextCycle",
+    "check_complete",
     "check_judge",
     "distinct",
 ]
