@@ -66,8 +66,6 @@ class Candidate:
     """By judge, higher is better."""
     metrics: dict[str, int | float] = field(default_factory=dict)
     """Against the references, by name."""
-    rounds: dict[str, int] | None = None
-    """By judge that races, how many rounds the candidate was judged in; if not in all, its score only ranks it."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of making and of each judge, per input."""
     decoding: str = ""
@@ -82,6 +80,8 @@ class Candidate:
     """The drawn or regenerated image, relative to the evaluation's folder."""
     facts: dict | None = None
     """`FactCheck.record` of what the caption, or the prompt of the image, states."""
+    rounds: dict[str, int] | None = None
+    """By judge that races, how many rounds the candidate was judged in; if not in all, its score only ranks it."""
 
 
 @dataclass
