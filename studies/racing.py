@@ -38,8 +38,8 @@ RACES = ((4, 0.35, 1), (8, 0.35, 1), (8, 0.35, 2), (16, 0.35, 1), (16, 0.5, 1), 
 
 def of_errors(log: bool) -> dict[str, Judge]:
     """The judges that go by the denoising error, or by its logarithm; the reference comes first."""
-    full = {timesteps: Denoising(num_timesteps=timesteps, log=log) for timesteps in TIMESTEPS}
-    found = {f"all, {timesteps} timesteps": full[timesteps] for timesteps in sorted(full, reverse=True)}
+    full = {timesteps: Denoising(num_timesteps=timesteps, log=log) for timesteps in reversed(TIMESTEPS)}
+    found = {f"all, {count} timestep{'s' * (count > 1)}": judge for count, judge in full.items()}
     for timesteps, keep, first in RACES:
         race = Race(full[timesteps], keep, first)
         rounds = ", ".join(map(str, race.efforts(Partners())))
