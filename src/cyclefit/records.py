@@ -80,6 +80,8 @@ class Candidate:
     """The drawn or regenerated image, relative to the evaluation's folder."""
     facts: dict | None = None
     """`FactCheck.record` of what the caption, or the prompt of the image, states."""
+    rounds: dict[str, int] | None = None
+    """By judge that races, how many rounds the candidate was judged in; if not in all, its score only ranks it."""
 
 
 @dataclass

@@ -8,16 +8,17 @@ cost N generations per input, which cycle finetuning avoids at inference.
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
-from cyclefit.judges import Judge, Partners
+from cyclefit.judges import Judge, Partners, Race
 from cyclefit.models import Captioner, Decoding, Generator
 
 
@@ -47,6 +48,8 @@ class Candidates:
 
     Of judges that share their computation, each has the time it would take alone.
     """
+    rounds: dict[str, Int[Tensor, "b n"]] = field(default_factory=dict)
+    """By judge that races, in how many rounds each candidate was judged; 0 with score NaN where it does not choose."""
 
 
 @torch.no_grad()
@@ -61,7 +64,8 @@ def rerank(
 ) -> Candidates:
     """Samples candidates of each input and scores all of them with every judge.
 
-    Candidates and the judges' noise depend only on the seeds; a caption that was sampled twice is judged once.
+    Candidates and the judges' noise depend only on the seeds; a caption that was sampled twice is judged once. A judge
+    that races scores only the captions of the last decoding, among which it chooses.
 
     Args:
         model: a captioner, p(y | x), or a generator, p(x | y).
@@ -88,16 +92,28 @@ def rerank(
         _wait(images)
         candidates, seconds = images.unflatten(0, (len(given), -1)), {"drawing": time.perf_counter() - start}
         noise = [row[0] + 1 for row in seeds]
-    scores, longest = {}, {}
+    scores, rounds, longest = {}, {}, {}
     with partners.sharing():
         for name, judge in judges.items():
             start = time.perf_counter()
-            scores[name] = judge.score(partners, given, candidates, noise, others).float().cpu()
+            if isinstance(judge, Race):
+                scores[name], rounds[name] = _raced(judge, partners, given, candidates, how[-1], noise, others)
+            else:
+                scores[name] = judge.score(partners, given, candidates, noise, others).float().cpu()
             seconds[name] = time.perf_counter() - start
             if judge.basis is not None:
                 # Alone, each would take as long as the one that computed what they share.
                 seconds[name] = longest[judge.basis] = max(seconds[name], longest.get(judge.basis, 0.0))
-    return Candidates(candidates, scores, seconds)
+    return Candidates(candidates, scores, seconds, rounds)
+
+
+def _raced(
+    judge: Race, partners: Partners, given, candidates: list[list[str]], decoding: Decoding, noise, others
+) -> tuple[Float[Tensor, "b n"], Int[Tensor, "b n"]]:
+    """Scores and rounds of a race among the captions of the last decoding."""
+    before = len(candidates[0]) - decoding.num_samples
+    scores, rounds = judge.score_rounds(partners, given, [row[before:] for row in candidates], noise, others)
+    return F.pad(scores.float().cpu(), (before, 0), value=torch.nan), F.pad(rounds.cpu(), (before, 0))
 
 
 def label(decoding: Decoding) -> str:

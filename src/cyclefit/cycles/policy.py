@@ -13,7 +13,7 @@ from typing_extensions import override
 from cyclefit import UserError
 from cyclefit.config.ranges import Count, NonNegative, Range, checked
 from cyclefit.cycles.images import ImageCycle, Kept, Reading, check_batch_size
-from cyclefit.judges import Judge, Partners, check_judge
+from cyclefit.judges import Judge, Partners, check_complete, check_judge
 from cyclefit.models import Captioner, Decoding, Features
 from cyclefit.models.pretrained import frozen_copy
 
@@ -100,6 +100,7 @@ class PolicyGradient(ImageCycle):
     @override
     def prepare(self, captioner: Captioner, partners: Partners) -> None:
         check_judge(self.reward, "captions", "reward")
+        check_complete(self.reward, "reward")
         self.reward.check(partners)
         captioner.check(self.decoding)
         if self.kl_weight:

@@ -170,11 +170,14 @@ class Evaluate(ABC):
         return name == "base" or self.rerank_runs
 
     def judges_of(self, name: str) -> dict[str, Judge]:
-        """Of a model that is not reranked those of round trips, which its table shows, and of the runs' rewards."""
+        """Of a model that is not reranked those of round trips, which its table shows, and of the runs' rewards.
+
+        Judges that race choose among several candidates, which it does not have.
+        """
         if self.reranked(name):
             return self.judges
         names = (self.cycle, IMAGE_TEXT, *self.reconstructions, *self.rewards)
-        return {judge: self.judges[judge] for judge in names if judge in self.judges}
+        return {judge: self.judges[judge] for judge in names if judge in self.judges and not self.judges[judge].races}
 
     @property
     def reconstructions(self) -> list[str]:

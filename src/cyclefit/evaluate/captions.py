@@ -1,6 +1,8 @@
 """Evaluation of captioners under greedy, beam and nucleus decoding."""
 
+import itertools
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from operator import attrgetter
@@ -134,7 +136,7 @@ class Captions(Evaluate):
             different, candidates = (
                 sum(len(set(row[k:])) for row in made.candidates) for k in (0, len(names) - nucleus.num_samples)
             )
-            seconds |= {judge: seconds[judge] * candidates / different for judge in judges}
+            seconds |= {name: seconds[name] * candidates / different for name, of in judges.items() if not of.races}
         seconds = {what: round(value, 6) for what, value in seconds.items()}
         return [
             records.Candidate(
@@ -143,7 +145,12 @@ class Captions(Evaluate):
                 k - names.index(names[k]),
                 made.candidates[i][k],
                 len(names),
-                {judge: round(float(scores[i, k]), 6) for judge, scores in made.scores.items()},
+                {
+                    judge: round(float(scores[i, k]), 6)
+                    for judge, scores in made.scores.items()
+                    if judge not in made.rounds or made.rounds[judge][i, k]
+                },
+                rounds={judge: int(rounds[i, k]) for judge, rounds in made.rounds.items() if rounds[i, k]} or None,
                 seconds=seconds,
                 decoding=names[k],
                 noise_seed=seeds[i] + 1,
@@ -187,7 +194,7 @@ class Captions(Evaluate):
         each = ("CIDEr", "CIDEr-D", "words", "ROUGE-L", "CLIPScore", "RefCLIPScore", "R@1", "R@5", "R@10")
         found |= {name: estimate([one.metrics[name] for one in picked]) for name in each}
         for judge, name in ((records.IMAGE_CYCLE, "image similarity"), (records.IMAGE_TEXT, "image-text similarity")):
-            if judge in picked[0].scores:
+            if judge in picked[0].scores and not self.judges[judge].races:
                 found[name] = estimate([one.scores[judge] for one in picked])
         if selection == records.SINGLE and len(samples[0]) > 1:
             texts = [[one.caption for one in sample] for sample in samples]
@@ -204,12 +211,12 @@ class Captions(Evaluate):
         sampling, judges = seconds(label(self.nucleus)), self.judged_by(selection)
         if selection == records.ORACLE:
             return 0, 0, sampling
-        different = float(np.mean([len({one.caption for one in sample}) for sample in samples]))
-        costs = [self.judges[judge].cost(self.partners, 1) for judge in judges]
-        calls = [
-            round(sum(cost[name] for cost in costs) * different, 1) for name in ("generator_calls", "denoiser_calls")
-        ]
-        return *calls, sampling + sum(map(seconds, judges))
+        different = Counter(len({one.caption for one in sample}) for sample in samples)
+        calls = Counter()
+        for judge, (count, times) in itertools.product(judges, different.items()):
+            calls.update({name: of * times for name, of in self.judges[judge].cost(self.partners, count).items()})
+        spent = [round(calls[name] / len(samples), 1) for name in ("generator_calls", "denoiser_calls")]
+        return *spent, sampling + sum(map(seconds, judges))
 
     @override
     def gained(self, single):

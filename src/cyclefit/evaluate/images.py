@@ -79,18 +79,18 @@ class Images(Evaluate):
             if one is not None and "texts" not in one.reads:
                 raise UserError(f"{name}: {one.name} embeds no texts: give a CLIP, and this one in further_scorers")
         *_, held = self.scorers
-        self.further = {}
+        self.further_scorers = {}
         for one in further_scorers or []:
-            if "images" not in one.reads or one.label in self.scorers | self.further:
+            if "images" not in one.reads or one.label in self.scorers | self.further_scorers:
                 why = "is given twice" if "images" in one.reads else "embeds no images"
                 raise UserError(f"further_scorers: {one.name} {why}: leave it out")
-            self.further[one.label] = one
-        self.scorers |= self.further
+            self.further_scorers[one.label] = one
+        self.scorers |= self.further_scorers
         self.base, self.partners = generator, Partners(scorer=scorer, captioner=captioner)
         self.judges = judges or {TEXT_CYCLE: TextCycle(max_new_tokens), IMAGE_TEXT: ImageText()}
         self.held_out, self.reader, self.max_new_tokens = held_out, reader, max_new_tokens
         self.about = {"held_out": held_out.name if held_out is not None else None}
-        self.about["further_scorers"] = ", ".join(one.name for one in self.further.values()) or None
+        self.about["further_scorers"] = ", ".join(one.name for one in self.further_scorers.values()) or None
         self.oracle, self.quality = f"image similarity ({scorer.label})", f"image similarity ({held})"
         labels = dict.fromkeys([held, scorer.label, *self.scorers])
         similarities = [f"image similarity ({label})" for label in labels]
@@ -109,7 +109,7 @@ class Images(Evaluate):
     def depends(self, name, model):
         models = {"captioner": self.partners.captioner, "scorer": self.partners.scorer}
         models |= {"held_out": self.held_out, "reader": self.reader, "generator": model}
-        models |= self.further
+        models |= self.further_scorers
         return {
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,  # what is retrieved is chosen among all prompts

@@ -22,7 +22,7 @@ from cyclefit.config.ranges import Count, Seed
 from cyclefit.data.hard_negatives import Benchmark, Example, load_image
 from cyclefit.digests import digest
 from cyclefit.evaluate.common import CandidateFile, launch, machine, progress_bar
-from cyclefit.judges import ImageText, Judge, Partners, Sum, check_judge
+from cyclefit.judges import ImageText, Judge, Partners, Sum, check_complete, check_judge
 from cyclefit.metrics.statistics import bootstrap_interval
 from cyclefit.models import Captioner, Generator, Scorer
 from cyclefit.models.pretrained import freeze
@@ -140,6 +140,7 @@ def _check(leaves: Leaves) -> None:
         raise UserError("there is no judge: set judges, or scorers, each of which is a judge")
     for name, (judge, partners) in leaves.items():
         check_judge(judge, "captions", f"judges.{name}")
+        check_complete(judge, f"judges.{name}")
         for partner in judge.needs:
             if getattr(partners, partner) is None:
                 key = "scorers" if partner == "scorer" else partner

@@ -178,6 +178,8 @@ def _measure_more(evaluation: Evaluate, candidates: list[Candidate], inputs: Inp
 
 
 def _add_sum(evaluation: Evaluate, candidates: list[Candidate]) -> None:
+    if any(evaluation.judges[name].races for name in (evaluation.cycle, IMAGE_TEXT) if name in evaluation.judges):
+        return  # of those dropped early, there is no similarity to add
     for scores in (one.scores for one in candidates):
         if {evaluation.cycle, IMAGE_TEXT} <= scores.keys():
             scores[evaluation.sum] = round(scores[evaluation.cycle] + scores[IMAGE_TEXT], 6)

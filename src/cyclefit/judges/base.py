@@ -66,6 +66,8 @@ class Judge(ABC):
     """The number of other inputs that each input is contrasted with."""
     names: Sequence[str] = ()
     """The names of its parts, if it has any."""
+    races = False
+    """Whether it judges in full only those candidates that may be the best: for choosing one, not as a reward."""
     basis: Hashable = None
     """What is equal for judges that share their computation by `Partners.once`; None if it shares none."""
     baseline: str | None = None
@@ -130,6 +132,13 @@ def check_judge(judge: Judge, kind: Kind, place: str) -> None:
     """Raises UserError if the judge set in `place` does not judge this kind of candidates."""
     if kind not in judge.kinds:
         raise UserError(f"{place}: {type(judge).__name__} judges {' and '.join(judge.kinds)}, not {kind}")
+
+
+def check_complete(judge: Judge, place: str) -> None:
+    """Raises UserError if the judge set in `place`, where every score counts, only ranks some of the candidates."""
+    if judge.races:
+        what = f"{judge.label} drops candidates before they are scored in full, and here every score counts"
+        raise UserError(f"{place}: {what}: set the judge that races itself")
 
 
 def place(judge: Judge | None, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.config.ranges import Count, NonNegative, checked
-from cyclefit.judges.base import Judge, Partners, distinct
+from cyclefit.judges.base import Judge, Partners, check_complete, distinct
 from cyclefit.metrics.questions import VQASCORE, check_template
 from cyclefit.models import Captioner
 from cyclefit.models.pretrained import Adapter
@@ -147,6 +147,8 @@ class Sum(Judge):
             raise UserError("Sum: judges must name at least one judge")
         if weights is not None and len(weights) != len(judges):
             raise UserError(f"Sum: give as many weights as judges: there are {len(weights)} and {len(judges)}")
+        for judge in judges:
+            check_complete(judge, "Sum")
         self.judges, self.weights = judges, weights
         labels = [judge.label for judge in judges]
         earlier = [labels[:i].count(label) for i, label in enumerate(labels)]

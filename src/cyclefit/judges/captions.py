@@ -1,23 +1,24 @@
 """Judges of captions that use the generator, and the captioner's own likelihood."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.config.ranges import Count, Natural, NonNegative, Positive, checked
 from cyclefit.judges.base import Judge, Partners, distinct
+from cyclefit.judges.race import Progressive
 from cyclefit.models import Generator, Scorer
 from cyclefit.models.generator import check_steps, check_timesteps
 
 
 @checked
 @dataclass
-class Regeneration(Judge):
+class Regeneration(Progressive):
     """f(x, SD(y)): CLIP image similarity of the source and the image regenerated from the caption.
 
     Li et al., ICCV 2023 (arXiv 2212.12249), eq. 1. All candidates of an image start from the same noise.
@@ -51,19 +52,33 @@ class Regeneration(Judge):
         """Cosine similarities, in [-1, 1], or negative distances."""
         self.check(partners)
         pairs, index = distinct(candidates)
-        source = self._embedded(partners, given)[[i for i, _ in pairs]]
-        similarities = 0
-        for repeat in range(self.num_regenerations):
-            drawn = partners.generator.generate(
-                [text for _, text in pairs],
-                [seeds[i] + repeat for i, _ in pairs],
-                steps=self.steps,
-                guidance_scale=self.guidance_scale,
-            )
-            embedded, distant = self._embedded(partners, drawn), self.euclidean or self.latents
-            alike = -(source - embedded).norm(dim=-1) if distant else (source * embedded).sum(-1)
-            similarities = similarities + alike
-        return (similarities / self.num_regenerations)[torch.tensor(index, device=source.device)]
+        score = self.begin(partners, given, pairs, seeds, others)
+        return score(self.effort(partners), torch.arange(len(pairs)))[torch.tensor(index, device=given.device)]
+
+    def effort(self, partners) -> int:
+        """Solver steps."""
+        return self.steps or partners.generator.steps
+
+    def begin(self, partners, given, pairs, seeds, others) -> Callable[[int, Int[Tensor, "q"]], Float[Tensor, "q"]]:
+        """Images of fewer solver steps, from the same noise; those of more steps are drawn anew."""
+        embedded = self._embedded(partners, given)
+
+        def score(steps: int, places: Int[Tensor, "q"]) -> Float[Tensor, "q"]:
+            some = [pairs[place] for place in places.tolist()]
+            source, similarities = embedded[[i for i, _ in some]], 0
+            for repeat in range(self.num_regenerations):
+                drawn = partners.generator.generate(
+                    [text for _, text in some],
+                    [seeds[i] + repeat for i, _ in some],
+                    steps=steps,
+                    guidance_scale=self.guidance_scale,
+                )
+                made, distant = self._embedded(partners, drawn), self.euclidean or self.latents
+                alike = -(source - made).norm(dim=-1) if distant else (source * made).sum(-1)
+                similarities = similarities + alike
+            return similarities / self.num_regenerations
+
+        return score
 
     def _embedded(self, partners: Partners, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         if self.latents:
@@ -76,10 +91,16 @@ class Regeneration(Judge):
         calls = partners.generator.calls_per_image(self.steps, self.guidance_scale)
         return {"generator_calls": images, "denoiser_calls": images * calls}
 
+    def spent(self, partners, efforts) -> dict[str, int]:
+        """An image for each effort and regeneration."""
+        calls = sum(partners.generator.calls_per_image(steps, self.guidance_scale) for steps in efforts)
+        repeats = self.num_regenerations
+        return {"generator_calls": len(efforts) * repeats, "denoiser_calls": calls * repeats}
+
 
 @checked
 @dataclass
-class Denoising(Judge):
+class Denoising(Progressive):
     """-E_{t, eps} || eps - eps_theta(z_t, t, tau(y)) ||^2 on the source latents.
 
     With `num_others` > 0 it is contrastive: E_{t, eps}[contrast err(x_j, y) - err(x, y)], where err is the denoising
@@ -128,15 +149,37 @@ class Denoising(Judge):
         pairs, index = distinct(candidates)
 
         def compute() -> Tensor:
-            return self._errors(partners.generator, given, pairs, seeds, others)
+            places = torch.arange(len(pairs), device=given.device)
+            return self._errors(partners.generator, given, pairs, seeds, others)(range(self.num_timesteps), places)
 
         errors = partners.once(self.basis, (given, candidates, seeds, others), compute)
+        return self._combined(errors)[torch.tensor(index, device=given.device)]
+
+    def effort(self, partners) -> int:
+        """Timesteps."""
+        return self.num_timesteps
+
+    def begin(self, partners, given, pairs, seeds, others) -> Callable[[int, Int[Tensor, "q"]], Float[Tensor, "q"]]:
+        """The errors of fewer of its timesteps, spread over their range; those of more are added to them."""
+        measure, order = self._errors(partners.generator, given, pairs, seeds, others), spread(self.num_timesteps)
+        errors = torch.zeros(self.num_timesteps, 1 + self.num_others, len(pairs), device=given.device)
+        known = 0
+
+        def score(count: int, places: Int[Tensor, "q"]) -> Float[Tensor, "q"]:
+            nonlocal known
+            new, known = order[known:count], count
+            errors[new] = errors[new].index_copy(2, places, measure(new, places))
+            return self._combined(errors[sorted(order[:count])][..., places])
+
+        return score
+
+    def _combined(self, errors: Float[Tensor, "t e p"]) -> Float[Tensor, "p"]:
         signs = [-1.0] + [self.contrast / max(self.num_others, 1)] * self.num_others
-        total = torch.zeros(len(pairs), device=given.device)
+        total = torch.zeros(errors.shape[-1], device=errors.device)
         for of_timestep in errors:
             for sign, found in zip(signs, of_timestep, strict=True):
-                total += sign * (found.log() if self.log else found) / self.num_timesteps
-        return total[torch.tensor(index, device=given.device)]
+                total += sign * (found.log() if self.log else found) / len(errors)
+        return total
 
     @property
     def basis(self) -> Hashable:
@@ -151,8 +194,11 @@ class Denoising(Judge):
         pairs: list[tuple[int, str]],
         seeds: Sequence[int],
         others: Float[Tensor, "b m 3 h w"] | None,
-    ) -> Float[Tensor, "t e p"]:
-        """The errors of pairs of image and caption at each timestep, for the image and for each other image."""
+    ) -> Callable[[Sequence[int], Int[Tensor, "q"]], Float[Tensor, "t e q"]]:
+        """A function that measures errors: at some of the timesteps, for some pairs of image and caption.
+
+        They are of the image and of each other image.
+        """
         device = given.device
         rows = torch.tensor([i for i, _ in pairs], device=device)
         conditioning = generator.encode_texts([text for _, text in pairs])
@@ -169,19 +215,27 @@ class Denoising(Judge):
                 latents += [generator.encode_images(others[:, k]) for k in range(self.num_others)]
         noise = generator.noise(seeds)
         edges = torch.linspace(self.min_timestep, self.max_timestep, self.num_timesteps + 1)
-        errors = torch.zeros(self.num_timesteps, len(latents), len(pairs), device=device)
-        for k, t in enumerate(((edges[1:] + edges[:-1]) / 2).long().tolist()):
-            for j, z in enumerate(latents):
-                for part in torch.arange(len(pairs), device=device).split(self.batch_size):
-                    timesteps = torch.full((len(part),), t, device=device)
-                    errors[k, j, part] = generator.errors(
-                        z[rows[part]], conditioning[part], timesteps, noise[rows[part]]
-                    )
+        midpoints = ((edges[1:] + edges[:-1]) / 2).long().tolist()
+
+        def errors(timesteps: Sequence[int], places: Int[Tensor, "q"]) -> Float[Tensor, "t e q"]:
+            found = torch.zeros(len(timesteps), len(latents), len(places), device=device)
+            for k, number in enumerate(timesteps):
+                for j, z in enumerate(latents):
+                    for some in torch.arange(len(places), device=device).split(self.batch_size):
+                        part = places[some]
+                        t = torch.full((len(part),), midpoints[number], device=device)
+                        found[k, j, some] = generator.errors(z[rows[part]], conditioning[part], t, noise[rows[part]])
+            return found
+
         return errors
 
     def cost(self, partners, num_candidates) -> dict[str, int]:
         """One denoiser call per caption and timestep, for the image and for each image it is contrasted with."""
         return {"generator_calls": 0, "denoiser_calls": num_candidates * self.num_timesteps * (1 + self.num_others)}
+
+    def spent(self, partners, efforts) -> dict[str, int]:
+        """The timesteps of the last effort, which include those before."""
+        return {"generator_calls": 0, "denoiser_calls": efforts[-1] * (1 + self.num_others)}
 
 
 @checked
@@ -219,3 +273,13 @@ class Likelihood(Judge):
                 column = column - self.alpha * (torch.stack(each).logsumexp(0) - math.log(len(each)))
             columns.append(column / captioner.mask(tokens).sum(1) if self.per_token else column)
         return torch.stack(columns, 1)
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count`, a quarter, three quarters, half, ...: the first few are spread over the range.
+
+    Van der Corput's sequence, moved on by a quarter, so that the first two are the midpoints of the halves.
+    """
+    bits = count.bit_length() + 1
+    parts = [sum((i >> bit & 1) / 2 ** (bit + 1) for bit in range(bits)) for i in range(2**bits)]
+    return list(dict.fromkeys(int((part + 0.25) % 1 * count) for part in parts))
