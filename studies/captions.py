@@ -91,7 +91,7 @@ def train_run(folder: Path, name: str, config: str, overrides: list[str], seed: 
         if process.returncode:
             errors.seek(0)
             raise RuntimeError(f"{' '.join(command)}\n{errors.read().decode()[-3000:]}")
-    # The processor's time, which is about the time on a free core: other load does not change it.
+    # The processor's time, about the time on a free core; beside other load it is up to a third more.
     (run / "seconds.txt").write_text(f"{used.ru_utime + used.ru_stime:.1f}\n")
     return run
 
