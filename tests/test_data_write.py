@@ -410,11 +410,14 @@ def test_img2dataset_as_it_is(tmp_path, capsys):
 TABLES = {
     "c.csv": '\ufeffID,Image,Caption\r\n7,a.jpg,"one, two"\r\n\r\n8,b.jpg,"say ""three""\nor four"\r\n'
     "9,./a.jpg,five\r\n,gone.jpg,\r\n",
-    "semicolons.csv": 'id;image;caption\n7;a.jpg;one, two\n8;b.jpg;"say ""three""\nor four"\n9;a.jpg;five\n;gone.jpg;\n',
+    "semicolons.csv": 'id;image;caption\n7;a.jpg;one, two\n8;b.jpg;"say ""three""\nor four"\n9;a.jpg;five\n'
+    ";gone.jpg;\n",
     "c.tsv": 'path\tid\ttext\na.jpg\t7\t["one, two", "five"]\nb.jpg\t8\t"say ""three""\nor four"\ngone.jpg\t\t[]\n',
-    "pandas.csv": 'image_path,caption,id\na.jpg,"[\'one, two\', \'five\']",7\nb.jpg,"say ""three""\nor four",8\ngone.jpg,,\n',
+    "pandas.csv": "image_path,caption,id\na.jpg,\"['one, two', 'five']\",7\n"
+    'b.jpg,"say ""three""\nor four",8\ngone.jpg,,\n',
     "c.jsonl": '\ufeff{"id": "7", "filename": "a.jpg", "captions": ["one, two", "five"]}\n\n'
-    '{"filename": "b.jpg", "captions": "say \\"three\\"\\nor four", "id": "8"}\n{"filename": "gone.jpg", "captions": null}',
+    '{"filename": "b.jpg", "captions": "say \\"three\\"\\nor four", "id": "8"}\n'
+    '{"filename": "gone.jpg", "captions": null}',
     "c.json": '[{"image": "a.jpg", "id": "7", "caption": "one, two"}, {"image": "a.jpg", "caption": ["five"]},'
     '{"image": "b.jpg", "caption": "say \\"three\\"\\nor four", "id": "8"}, {"image": "gone.jpg"}]',
 }
@@ -425,7 +428,7 @@ def test_tables(images, name):
     """Several rows of an image and lists of captions are the same; further columns are kept."""
     (images / name).write_bytes(TABLES[name].encode())
     a, b, gone = table_source(images / name)
-    assert (a.key, a.image, a.captions, a.extra) == ("a", images / "a.jpg", ["one, two", "five"], a.extra)
+    assert (a.key, a.image, a.captions) == ("a", images / "a.jpg", ["one, two", "five"])
     assert {k.lower(): v for k, v in a.extra.items()} == {"id": "7"} and list(b.extra.values()) == ["8"]
     assert b.captions == ['say "three"\nor four'] and not any(gone.captions)
     manifest = write(table_source(images / name), images / "out")

@@ -83,7 +83,7 @@ def test_an_imagefolder(tmp_path, capsys):
 
 
 def test_parquet_files(tmp_path, capsys):
-    """Rows that follow each other with one image are merged; what is broken is named; columns of other kinds stay out."""
+    """Rows that follow each other with one image are merged, columns of other kinds left out, broken ones named."""
     first = [
         row(RED, "one", path="r.jpg", score=0.5, label=None, mask=b"x"),
         row(RED, "two", path="r.jpg", score=0.25, label=None, mask=b"y"),
@@ -161,7 +161,7 @@ def test_damage_within_a_parquet_file_is_named(tmp_path):
     half = len(content) // 2
     content[half : half + 400] = bytes(400)
     (tmp_path / "a.parquet").write_bytes(content)
-    *whole, lost = find_dataset(str(tmp_path)).samples()
+    *_, lost = find_dataset(str(tmp_path)).samples()
     assert re.fullmatch(r"damaged parquet file, after row \d+", lost.lost) and lost.key == "a.parquet"
 
 

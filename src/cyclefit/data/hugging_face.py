@@ -41,12 +41,12 @@ class Dataset:
         return self.files[0].endswith(".parquet")
 
     def rows(self) -> int | None:
-        """How many rows the parquet files have; None where that would take a download."""
+        """How many rows the parquet files have; None where one cannot be read, and on the hub."""
         pyarrow, parquet = _pyarrow()
+        if self.folder is None:
+            return None
         try:
-            return (
-                sum(parquet.read_metadata(self.folder / file).num_rows for file in self.files) if self.folder else None
-            )
+            return sum(parquet.read_metadata(self.folder / file).num_rows for file in self.files)
         except (pyarrow.ArrowException, OSError):
             return None
 
@@ -80,8 +80,9 @@ class Dataset:
                 batches = table.iter_batches(_ROWS, columns=[image, caption, *others])
                 rows = enumerate(row for batch in batches for row in batch.to_pylist())
                 for _, same in groupby(rows, lambda numbered: _identity(numbered[1][image]) or numbered[0]):
-                    (number, row), *further = same
-                    captions = [one for _, each in [(number, row), *further] for one in captions_in(each[caption])]
+                    same = list(same)
+                    number, row = same[0]
+                    captions = [one for _, each in same for one in captions_in(each[caption])]
                     extra = {name: row[name] for name in others if row[name] is not None}
                     yield self._sample(f"{Path(file).stem}-{number:06d}", file, row[image], captions, extra)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
@@ -189,7 +190,9 @@ def _columns(schema, where: str, image_column: str | None, caption_column: str |
 
 def _identity(image: dict | bytes | str | None) -> tuple | bytes | str | None:
     """What images of rows are compared by; nothing for a row without one."""
-    return tuple(image.values()) if isinstance(image, dict) and any(image.values()) else image or None
+    if isinstance(image, dict):
+        return tuple(image.values()) if any(image.values()) else None
+    return image or None
 
 
 def _pyarrow() -> tuple:
