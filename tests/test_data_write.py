@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cyclefit import UserError
 from cyclefit.data import (
     BadSamples,
     Sample,
@@ -21,6 +22,7 @@ from cyclefit.data import (
     img2dataset_source,
     nocaps_source,
     pack,
+    table_source,
     verify_shards,
     write_shards,
 )
@@ -375,6 +377,122 @@ def test_img2dataset(tmp_path, caplog):
     assert manifest["samples"] == 5 and manifest["skipped"]["reasons"] == {"empty image": 1, "truncated shard": 1}
 
 
+def test_img2dataset_as_it_is(tmp_path, capsys):
+    """The layout of its webdataset writer: failed downloads are only in the parquet files beside the shards."""
+    shards = {"00000": ["one", "two", None], "00001": ["three"]}
+    for shard, captions in shards.items():
+        files = {}
+        for i, caption in enumerate(captions):
+            key = f"{shard}{2 * i:04d}"
+            record = {"url": f"https://x/{i}.jpg", "caption": caption, "similarity": 0.3, "key": key}
+            record |= {"status": "success", "error_message": None, "width": 16, "height": 12, "exif": "{}"}
+            files |= {f"{key}.jpg": encoded(), f"{key}.txt": (caption or "").encode()}
+            files[f"{key}.json"] = json.dumps(record | {"sha256": "0" * 64}, indent=4).encode()
+        rewrite(tmp_path / f"{shard}.tar", files)
+        (tmp_path / f"{shard}.parquet").write_bytes(b"PAR1 is not opened PAR1")
+        stats = {"count": 2 * len(captions), "successes": len(captions), "failed_to_download": len(captions)}
+        stats |= {"failed_to_resize": 0, "status_dict": {"success": len(captions), "HTTP Error 404": len(captions)}}
+        (tmp_path / f"{shard}_stats.json").write_text(json.dumps(stats, indent=4))
+    bad = BadSamples(1)
+    (batch,) = evaluation_batches(str(tmp_path), image_size=8, batch_size=9, bad=bad)
+    assert batch.captions == ["one", "two", "three"] and batch.keys == ["000000000", "000000002", "000010000"]
+    assert bad.reasons == {"no caption": 1}
+    assert main(["pack", "img2dataset", f"--images={tmp_path}", f"--out={tmp_path / 'out'}"]) == 0
+    said = capsys.readouterr()
+    assert "4/4" in said.err and "3 samples in 1 shards" in said.out and "1 x no caption" in said.out
+    record = json.loads(entries(tmp_path / "out")["000000002.json"])
+    assert record["captions"] == ["two"] and record["similarity"] == 0.3 and "status" not in record
+    (tmp_path / "00001_stats.json").write_text("")
+    assert main(["pack", "img2dataset", f"--images={tmp_path}", f"--out={tmp_path / 'again'}"]) == 2
+    assert "00001_stats.json: not json" in capsys.readouterr().err
+
+
+TABLES = {
+    "c.csv": '\ufeffID,Image,Caption\r\n7,a.jpg,"one, two"\r\n\r\n8,b.jpg,"say ""three""\nor four"\r\n'
+    "9,./a.jpg,five\r\n,gone.jpg,\r\n",
+    "semicolons.csv": 'id;image;caption\n7;a.jpg;one, two\n8;b.jpg;"say ""three""\nor four"\n9;a.jpg;five\n'
+    ";gone.jpg;\n",
+    "c.tsv": 'path\tid\ttext\na.jpg\t7\t["one, two", "five"]\nb.jpg\t8\t"say ""three""\nor four"\ngone.jpg\t\t[]\n',
+    "pandas.csv": "image_path,caption,id\na.jpg,\"['one, two', 'five']\",7\n"
+    'b.jpg,"say ""three""\nor four",8\ngone.jpg,,\n',
+    "c.jsonl": '\ufeff{"id": "7", "filename": "a.jpg", "captions": ["one, two", "five"]}\n\n'
+    '{"filename": "b.jpg", "captions": "say \\"three\\"\\nor four", "id": "8"}\n'
+    '{"filename": "gone.jpg", "captions": null}',
+    "c.json": '[{"image": "a.jpg", "id": "7", "caption": "one, two"}, {"image": "a.jpg", "caption": ["five"]},'
+    '{"image": "b.jpg", "caption": "say \\"three\\"\\nor four", "id": "8"}, {"image": "gone.jpg"}]',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables(images, name):
+    """Several rows of an image and lists of captions are the same; further columns are kept."""
+    (images / name).write_bytes(TABLES[name].encode())
+    a, b, gone = table_source(images / name)
+    assert (a.key, a.image, a.captions) == ("a", images / "a.jpg", ["one, two", "five"])
+    assert {k.lower(): v for k, v in a.extra.items()} == {"id": "7"} and list(b.extra.values()) == ["8"]
+    assert b.captions == ['say "three"\nor four'] and not any(gone.captions)
+    manifest = write(table_source(images / name), images / "out")
+    assert manifest["samples"] == 2 and manifest["skipped"]["reasons"] == {"no caption": 1}
+
+
+def test_a_table_of_files_to_captions_and_texts_that_look_like_lists(images):
+    (images / "c.json").write_text('{"a.jpg": ["one", "two"], "b.jpg": "[three", "sub/c.jpg": "[4, 5]"}')
+    found = simple(table_source(images / "c.json"))
+    assert found == {"a": ["one", "two"], "b": ["[three"], "sub/c": ["[4, 5]"]}
+    (images / "c.jsonl").write_text(json.dumps({"image": "a.jpg", "text": "one\u2028two"}, ensure_ascii=False))
+    assert simple(table_source(images / "c.jsonl")) == {"a": ["one\u2028two"]}
+
+
+def test_packing_a_table(images, tmp_path, capsys):
+    (images / "b.jpg").write_bytes(b"no image")
+    (images / "a.png").write_bytes(encoded("png"))
+    rows = ["a.jpg,1,one", "a.png,2,two", "b.jpg,3,three", "gone.jpg,4,four", ",5,five", "sub/c.jpg,6, ", "a.jpg,7,six"]
+    (tmp_path / "t.csv").write_text("\n".join(["picture,text,told", *rows]))
+    out = tmp_path / "out"
+    command = ["pack", "table", f"--annotations={tmp_path / 't.csv'}", f"--images={images}", f"--out={out}"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "t.csv has no column for the image (file, " in said and "one of its columns, picture, text, told." in said
+    command += ["--image_column=picture", "--caption_column=told"]
+    assert main(command) == 0
+    assert "2 samples in 1 shards" in capsys.readouterr().out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {Path(entry["key"]).name: entry["reason"] for entry in manifest["skipped"]["samples"]} == {
+        "t.csv, line 6": "no image named",
+        "b": "broken image",
+        "gone": "missing file",
+        "c": "no caption",
+    }
+    stored = [json.loads(data) for name, data in entries(out).items() if name.endswith("json")]
+    assert stored == [
+        {"captions": ["one", "six"], "text": "1", "source_key": "a.jpg"},
+        {"captions": ["two"], "text": "2", "source_key": "a.png"},
+    ]
+    before = (out / "000000.tar").read_bytes()
+    assert main(command) == 2 and "already holds 1 shards" in capsys.readouterr().err
+    assert (out / "000000.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", b"image,text\na.jpg,one\nb.jpg,two, three\n", r"line 3: 3 columns, the header has 2; a caption that"),
+        ("t.csv", b'image,text\na.jpg,"one\nb.jpg,two\n', r"line 3: unexpected end of data; a caption that begins"),
+        ("t.tsv", "image\ttext\na.jpg\tün\n".encode("latin-1"), r"not in UTF-8 \(.* byte 17\)"),
+        ("t.csv", b"", r"no column for the image .* its columns, none\."),
+        ("t.csv", b"image,text\nhttps://x/a.jpg,one\n", r"line 2: image is an address.* with img2dataset"),
+        ("t.jsonl", b'{"image": "../../etc/passwd", "text": "x"}', r"line 1: the image .* lies outside"),
+        ("t.jsonl", b'{"image": "a.jpg", "text": "x"}\n[]', r"line 2: expected an object"),
+        ("t.json", b"7", r"t\.json: expected a list of objects"),
+        ("t.xlsx", b"PK", r"t\.xlsx: a table is a \.csv, \.tsv, \.json or \.jsonl file"),
+    ],
+)
+def test_tables_that_cannot_be_read(images, name, text, message):
+    (images / name).write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        list(table_source(images / name))
+
+
 # the command
 
 
@@ -402,6 +520,9 @@ def test_the_command(images, tmp_path, capsys):
         (["pack", "folder", "--images", "IMAGES", "--annotations", "BAD.json", "--out", "OUT"], "not json"),
         (["pack", "folder", "--images", "IMAGES", "--annotations", "BAD.csv", "--out", "OUT"], "first row"),
         (["pack", "folder", "--images", "IMAGES", "--split", "val", "--out", "OUT"], "takes no --split"),
+        (["pack", "coco", "--out", "OUT"], "pack coco needs --images, a folder."),
+        (["pack", "table", "--images", "IMAGES", "--out", "OUT"], "pack table needs --annotations, a .csv"),
+        (["pack", "coco", "--images", "IMAGES", "--revision", "v1", "--out", "OUT"], "takes no --revision"),
         (["pack", "folder", "--images", "IMAGES", "--limit", "0", "--out", "OUT"], "--limit 0"),
         (["pack", "img2dataset", "--images", "IMAGES", "--out", "OUT"], "contains no .tar files"),
         (["verify", "OUT"], "has no manifest.json"),

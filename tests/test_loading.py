@@ -262,7 +262,7 @@ def served(hub):
 
 def forget():
     """Forgets what the hub has answered, as a new process."""
-    loading._silence.cache_clear()
+    loading.silence_of.cache_clear()
     listing._on_hub.cache_clear()
 
 

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "files", "config", "digests"},
+    {"batch", "files", "config", "digests", "hub"},
     {"models", "records"},
     {"metrics"},
     {"data"},

@@ -13,7 +13,7 @@ _NAMES = {
     "stream": "evaluation_batches",
     "module": "ShardData",
     "pack": "Sample find_packed verify_shards write_shards",
-    "sources": "coco_source folder_source img2dataset_source nocaps_source",
+    "sources": "coco_source folder_source img2dataset_source nocaps_source table_source",
     "tars": "IMAGES",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

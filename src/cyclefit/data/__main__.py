@@ -1,7 +1,6 @@
 """Write and verify shards of images and captions: `python -m cyclefit.data pack|best-of|pairs|export-pairs|verify`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -9,26 +8,47 @@ from pathlib import Path
 
 from cyclefit.config.start import run
 
-from .pack import Sample, find_packed, verify_shards, write_shards
-from .sources import add_objects, coco_source, folder_source, img2dataset_source, nocaps_source
+from .hugging_face import find_dataset
+from .pack import Sample, find_packed, refuse_existing, verify_shards, write_shards
+from .sources import add_objects, coco_source, folder_source, img2dataset_source, nocaps_source, table_source
+from .tables import load_json
 
 CHOICES = {
     "best-of": "the best candidates of an evaluation",
     "pairs": "the best and the worst candidates of an evaluation as preference pairs",
 }
 """Commands that write some candidates of an evaluation, and what those are."""
+TAKES = {
+    "folder": "images annotations without_captions",
+    "table": "images annotations image_column caption_column",
+    "coco": "images annotations split instances",
+    "nocaps": "images annotations split",
+    "hf": "images split revision image_column caption_column",
+    "img2dataset": "images",
+    "pairs": "images",
+}
+"""The options of each source that not all have."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cyclefit.data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="write shards")
-    pack.add_argument("source", choices=["folder", "coco", "nocaps", "img2dataset", "pairs"])
-    pack.add_argument("--images", required=True, help="folder of images (img2dataset: folder of its shards)")
+    pack.add_argument("source", choices=list(TAKES))
     pack.add_argument(
-        "--annotations", help="file of captions; for a folder of images, .txt files beside them also work"
+        "--images",
+        help="folder of images (table: by default the table's; img2dataset: of its shards; hf: or a hub id, ORG/NAME)",
     )
-    pack.add_argument("--split", help="coco: split of Karpathy's file (train+restval for two); nocaps: domain")
+    pack.add_argument(
+        "--annotations",
+        help="file of captions (table: the csv, tsv, json or jsonl); .txt files beside a folder's images also work",
+    )
+    pack.add_argument(
+        "--split", help="coco: split of Karpathy's file (train+restval for two); nocaps: domain; hf: split"
+    )
+    pack.add_argument("--revision", help="hf: branch, tag or commit on the hub")
+    pack.add_argument("--image_column", help="table, hf: column of images; by default found by its name")
+    pack.add_argument("--caption_column", help="table, hf: column of captions; by default found by its name")
     pack.add_argument("--instances", nargs="+", help="COCO's instances_*.json, to store the objects in each image")
     pack.add_argument("--out", required=True, help="folder for the shards; must not contain others")
     pack.add_argument("--samples_per_shard", type=int, default=1000)
@@ -53,15 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _source(args: argparse.Namespace) -> Iterator[Sample]:
-    allowed = {"folder": "annotations", "coco": "annotations split instances", "nocaps": "annotations split"}
-    for option in ("annotations", "split", "instances"):
-        if getattr(args, option) is not None and option not in allowed.get(args.source, ""):
+def _check_options(args: argparse.Namespace) -> None:
+    for option in dict.fromkeys(" ".join(TAKES.values()).split()):
+        if getattr(args, option) not in (None, False) and option not in TAKES[args.source].split():
             raise ValueError(f"pack {args.source} takes no --{option}; leave it out.")
-    if args.without_captions and args.source != "folder":
-        raise ValueError(f"pack {args.source} takes no --without_captions; leave it out.")
+    if args.images is None and args.source != "table":
+        raise ValueError(f"pack {args.source} needs --images, a folder{' or a hub id' * (args.source == 'hf')}.")
     if args.source in ("coco", "nocaps") and args.annotations is None:
         raise ValueError(f"pack {args.source} needs --annotations, the json of captions.")
+    if args.source == "table" and args.annotations is None:
+        raise ValueError("pack table needs --annotations, a .csv, .tsv, .json or .jsonl file.")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit} leaves nothing to pack.")
+
+
+def _source(args: argparse.Namespace) -> Iterator[Sample]:
     if args.source == "img2dataset":
         return img2dataset_source(args.images)
     if args.source == "pairs":
@@ -70,26 +96,36 @@ def _source(args: argparse.Namespace) -> Iterator[Sample]:
         return pairs_source(args.images)
     if args.source == "folder":
         return folder_source(args.images, args.annotations)
+    if args.source == "table":
+        return table_source(args.annotations, args.images, args.image_column, args.caption_column)
     return {"coco": coco_source, "nocaps": nocaps_source}[args.source](args.images, args.annotations, args.split)
 
 
 def _pack(args: argparse.Namespace) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit} leaves nothing to pack.")
-    samples = islice(_source(args), args.limit)
-    if args.source == "img2dataset":  # its samples hold the image itself: one at a time, its own count as total
-        stats = [json.loads(path.read_text()) for path in Path(args.images).glob("*_stats.json")]
-        total = sum(entry.get("successes", 0) for entry in stats) or None
+    _check_options(args)
+    dataset = find_dataset(args.images, args.split, args.revision) if args.source == "hf" else None
+    words = [args.source, args.images, args.annotations, args.split, *(args.instances or [])]
+    words += [dataset and dataset.commit, args.image_column, args.caption_column]
+    source = " ".join(filter(None, [*words, "without captions" * args.without_captions]))
+    packed = find_packed(args.out, source, args.samples_per_shard)
+    if dataset and not packed.shards:
+        refuse_existing(Path(args.out))  # before anything is downloaded
+    samples = dataset.samples(args.image_column, args.caption_column) if dataset else _source(args)
+    samples = islice(samples, args.limit)
+    if args.source == "img2dataset" or (dataset and dataset.is_parquet):
+        # Samples hold the image itself: one at a time, the source's own count as total.
+        if dataset:
+            total = dataset.rows()
+        else:
+            stats = [load_json(path) for path in Path(args.images).glob("*_stats.json")]
+            total = sum(entry.get("successes", 0) for entry in stats)
         total = min(filter(None, (total, args.limit)), default=None)
-        samples = chain([next(samples)], samples)  # what is wrong with the folder shows before the bar does
+        samples = chain([*islice(samples, 1)], samples)  # what is wrong with the folder shows before the bar does
     else:
         samples = list(samples)
         total = len(samples)
         if args.instances is not None:
             add_objects(samples, args.instances)
-    words = [args.source, args.images, args.annotations, args.split, *(args.instances or [])]
-    source = " ".join(filter(None, [*words, "without captions" * args.without_captions]))
-    packed = find_packed(args.out, source, args.samples_per_shard)
     manifest = write_shards(
         samples,
         args.out,

@@ -90,7 +90,7 @@ def write_shards(
         raise ValueError(f"samples_per_shard is {samples_per_shard}; a shard needs at least one sample.")
     folder, packed = Path(folder), packed or Packed()
     if not packed.shards:
-        _refuse_existing(folder)
+        refuse_existing(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.tar.partial"):
         leftover.unlink()
@@ -230,7 +230,8 @@ def verify_shards(folder: str | Path) -> dict:
     return {"shards": len(listed), "samples": sum(entry["samples"] for entry in listed.values())}
 
 
-def _refuse_existing(folder: Path) -> None:
+def refuse_existing(folder: Path) -> None:
+    """Raises FileExistsError if a folder contains shards, or is a file."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file; name a folder for the shards.")
     shards = sorted(folder.glob("*.tar"))

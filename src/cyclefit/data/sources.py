@@ -1,22 +1,27 @@
-"""Where samples come from: folders, COCO and NoCaps annotations, and img2dataset's output."""
+"""Where samples come from: folders, tables, COCO and NoCaps annotations, and img2dataset's output."""
 
-import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from cyclefit import UserError
 from cyclefit.files import within
 from cyclefit.metrics.objects import objects_by_image
 
 from .pack import IMAGE_SUFFIXES, Sample
 from .samples import BadSample, read_captions, read_extra
+from .tables import (
+    CAPTION_FIELDS,
+    DELIMITERS,
+    FILE_FIELDS,
+    captions_in,
+    choose_column,
+    load_json,
+    read_annotations,
+    read_table,
+)
 from .tars import read_tar, warn_of_loss
-
-_FILE_FIELDS = ("file", "file_name", "filename", "filepath", "image", "path")
-_CAPTION_FIELDS = ("captions", "caption", "text", "title")
-_TABLES = {".csv": ",", ".tsv": "\t"}
 
 
 def folder_source(images: str | Path, annotations: str | Path | None = None) -> Iterator[Sample]:
@@ -29,64 +34,66 @@ def folder_source(images: str | Path, annotations: str | Path | None = None) -> 
     """
     images = _existing_folder(images)
     if annotations is None:
-        found = [images / f"captions{suffix}" for suffix in (".json", ".jsonl", *_TABLES)]
+        found = [images / f"captions{suffix}" for suffix in (".json", ".jsonl", *DELIMITERS)]
         annotations = next((path for path in found if path.is_file()), None)
-    listed = _read_annotations(_existing_file(annotations)) if annotations is not None else None
+    listed = read_annotations(_existing_file(annotations)) if annotations is not None else None
     paths = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     files = {path.relative_to(images).as_posix(): path for path in paths}
     if not files and not listed:
         raise FileNotFoundError(f"{images} contains no images ({', '.join(IMAGE_SUFFIXES)}).")
     files |= {name: within(images, name, f"{annotations}: the image") for name in listed or () if name not in files}
-    stems = [name.rpartition(".")[0] or name for name in files]
-    counts = Counter(stems)
-    for stem, (name, path) in zip(stems, files.items(), strict=True):
+    for key, (name, path) in zip(_keys(files), files.items(), strict=True):
         captions, extra = (listed or {}).get(name, ([], {}))
         if listed is None and (text := path.with_suffix(".txt")).is_file():
             captions = text.read_text(encoding="utf-8-sig").splitlines()
-        yield Sample(stem if counts[stem] == 1 else name, path, captions, extra)
+        yield Sample(key, path, captions, extra)
 
 
-def _read_annotations(path: Path) -> dict[str, tuple[list[str], dict]]:
-    """Captions and further fields of each file that a captions file names."""
-    suffix = path.suffix.lower()
-    if suffix in _TABLES:
-        entries = _read_table(path, _TABLES[suffix])
-    elif suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        entries = [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    elif suffix == ".json":
-        entries = _load_json(path)
-    else:
-        raise ValueError(f"{path}: captions come as .json, .jsonl, .csv or .tsv.")
-    if isinstance(entries, dict):
-        return {name: (_as_list(captions), {}) for name, captions in entries.items()}
-    listed: dict[str, tuple[list[str], dict]] = {}
-    for n, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
-        file = _first(entry, _FILE_FIELDS) if isinstance(entry, dict) else None
-        if file is None:
-            raise ValueError(f"{path}, entry {n}: expected an object with one of {', '.join(_FILE_FIELDS)}.")
-        extra = {k: v for k, v in entry.items() if k not in (file, *_CAPTION_FIELDS)}
-        caption = _first(entry, _CAPTION_FIELDS)
-        known, _ = listed.setdefault(entry[file], ([], extra))
-        known += _as_list(entry[caption]) if caption else []
-    return listed
+def _keys(names: Iterable[str]) -> list[str]:
+    """Names of files without their suffix where that is unique."""
+    stems = {name: name.rpartition(".")[0] or name for name in names}
+    counts = Counter(stems.values())
+    return [stem if counts[stem] == 1 else name for name, stem in stems.items()]
 
 
-def _read_table(path: Path, delimiter: str) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    file, caption = _first(header, _FILE_FIELDS), _first(header, _CAPTION_FIELDS)
-    if file is None or caption is None:
-        raise ValueError(
-            f"{path}: the first row must name a column of files ({', '.join(_FILE_FIELDS)}) and one of "
-            f"captions ({', '.join(_CAPTION_FIELDS)}); it is {', '.join(header) or 'empty'}."
-        )
-    places = header.index(file), header.index(caption)
-    for n, row in enumerate(rows[1:], 2):
-        if len(row) <= max(places):
-            raise ValueError(f"{path}, row {n}: {len(row)} columns, the header has {len(header)}.")
-    return [{"file": row[places[0]], "caption": row[places[1]]} for row in rows[1:]]
+def table_source(
+    table: str | Path,
+    images: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> Iterator[Sample]:
+    """Images and captions of a csv, tsv, json or jsonl file with a row or object for each image, or for each caption.
+
+    Images are named relative to `images`, by default the table's own folder. Without a column's name the first one with
+    a usual name is taken. A caption is text, or a list of texts as JSON; rows of the same image are merged, and further
+    columns of its first row are kept.
+
+    Raises:
+        FileNotFoundError: the table or the folder is missing.
+        UserError: the table cannot be read or has no such column, or an image lies outside the folder.
+
+    """
+    path = _existing_file(table)
+    images = path.parent if images is None else _existing_folder(images)
+    names, rows = read_table(path)
+    image = choose_column(names, image_column, FILE_FIELDS, "image", path)
+    caption = choose_column(names, caption_column, CAPTION_FIELDS, "caption", path)
+    found: dict[str, tuple[list[str], dict]] = {}
+    for where, row in rows:
+        name = row.get(image)
+        if not isinstance(name, str) or not name.strip():
+            yield Sample(where, b"", [], lost="no image named")
+            continue
+        if name.strip().startswith(("http://", "https://")):
+            raise UserError(
+                f"{where}: {image} is an address, not a file; download the images with img2dataset and pack its shards."
+            )
+        name = os.path.relpath(within(images, name.strip(), f"{where}: the image"), images)
+        extra = {k: v for k, v in row.items() if k not in ("", image, caption) and v not in (None, "")}
+        captions, _ = found.setdefault(name, ([], extra))
+        captions += captions_in(row.get(caption))
+    for key, (name, (captions, extra)) in zip(_keys(found), found.items(), strict=True):
+        yield Sample(key, images / name, captions, extra)
 
 
 def coco_source(images: str | Path, annotations: str | Path, split: str | None = None) -> Iterator[Sample]:
@@ -139,7 +146,7 @@ def nocaps_source(images: str | Path, annotations: str | Path, domain: str | Non
 
 
 def _load_images(path: Path, expected: str) -> dict:
-    data = _load_json(path)
+    data = load_json(path)
     entries = data.get("images") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} has no list of images; expected {expected}.")
@@ -224,28 +231,8 @@ def _img2dataset_sample(files: dict) -> Sample:
     return Sample(files["__key__"], image, captions, _present(extra))
 
 
-def _first(present, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in present), None)
-
-
 def _present(extra: dict) -> dict:
     return {name: value for name, value in extra.items() if value is not None}
-
-
-def _as_list(captions) -> list[str]:
-    captions = [captions] if isinstance(captions, str) else captions
-    return [c for c in captions if isinstance(c, str)] if isinstance(captions, list) else []
-
-
-def _parse(text: str, where: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not json ({error}).") from None
-
-
-def _load_json(path: Path):
-    return _parse(path.read_text(encoding="utf-8-sig"), str(path))
 
 
 def _existing_folder(path: str | Path) -> Path:

@@ -1,13 +1,10 @@
 """The common part of all model adapters: loading with clear errors, precision, resizing, per-sample random numbers."""
 
 import copy
-import os
 import pickle
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from cyclefit import UserError
 from cyclefit.config.paths import is_path
+from cyclefit.hub import silence_of
 from cyclefit.models.repository import Incomplete, local_files, repository
 
 
@@ -44,7 +42,7 @@ def loading(kind: str, name: str) -> Iterator[None]:
         if is_path(name) and not local:
             raise FileNotFoundError(f"there is no folder {name}")
         if not local and not constants.is_offline_mode():
-            silence = _silence(constants.ENDPOINT)
+            silence = silence_of(constants.ENDPOINT)
         with patch.object(constants, "HF_HUB_OFFLINE", True) if silence else nullcontext():
             yield
     except UserError:
@@ -80,29 +78,6 @@ def _refuse_code(kind: str, name: str, error: BaseException | None) -> None:
             f"cannot load the {kind} {name!r}: one of its `.bin` files {what}, and nothing is unpickled but tensors; "
             "use a copy in safetensors"
         ) from error
-
-
-@cache
-def _silence(endpoint: str) -> str | None:
-    """Why the hub does not answer, or None if it does; asked once, answered within five seconds."""
-    from huggingface_hub import get_session
-
-    limit = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)
-    replies = [f"no answer within {limit:g} s; HF_HUB_ETAG_TIMEOUT=30 waits longer"]
-
-    def ask() -> None:
-        try:
-            get_session().head(endpoint, timeout=limit)
-            replies.append("")
-        except Exception as error:  # whatever the client's library raises
-            if "timed out" not in str(error):
-                replies.append(str(error))
-
-    # A thread, because no timeout holds for the look-up of a name.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(limit)
-    return f"{endpoint} does not answer: {replies[-1]}" if replies[-1] else None
 
 
 def load_model(
