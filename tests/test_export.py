@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -38,6 +37,7 @@ RUNS = {
              "model.image_cycle=null", "model.text_cycle=null"],
     "adapted": ["miniature_blip.yaml", "model.captioner.trainable=lora", "model.captioner.prompt=a small ",
                 "model.optimizer.init_args.lr=0.003", "model.round_trip_images=0"],
+    "cycle": ["miniature_cycle_sd.yaml", "model.cycle.grad_steps=1", "model.cycle.steps=3", "trainer.max_steps=1"],
     "chat": ["miniature_blip.yaml", "model.captioner=VisionLanguage", "model.captioner.trainable=lora",
              "model.captioner.pretrained=src/cyclefit/miniature/weights/smolvlm", "model.captioner.prompt=null",
              "model.round_trip_images=0", "trainer.max_steps=1"],
@@ -345,7 +345,6 @@ def test_the_card_says_what_was_trained(runs, loras, world):
     assert card.data.tags == ["cyclefit", "lora"]
     assert card.data.base_model is card.data.license is card.data.eval_results is None, "nothing known is made up"
     card = ModelCard.load(loras["encoder", "kohya"].with_suffix(".md"))
-    assert card.data.tags == ["cyclefit", "lora", "cycle-consistency"] or "without a cycle" in card.text
     config, trained = read_run(runs / "encoder")
     text = card.text
     for said in (
@@ -363,14 +362,25 @@ def test_the_card_says_what_was_trained(runs, loras, world):
     manifest = json.loads((world / "finetune" / "manifest.json").read_text())
     assert f"{manifest['samples']:,} samples of `finetune`, packed from: {manifest['source']}" in text
     settings = text.partition("All settings")[2].partition("## Data")[0]
+    assert "the cycle" not in text.partition("## Training")[0]
     assert "pretrained: stable-diffusion" in settings and str(ROOT) not in settings and str(world) not in settings
 
 
-def evaluated(run, folder, digest, better):
+def test_the_card_has_the_cycle_and_its_settings(runs, tmp_path):
+    export.export(runs / "cycle", "diffusers", tmp_path / "lora")
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert card.data.tags == ["cyclefit", "lora", "cycle-consistency"]
+    assert "its own loss and the cycle loss `TruncatedSampling`." in card.text
+    assert "the captioner `Blip`" in card.text
+    settings = card.text.partition("The cycle `TruncatedSampling`:")[2].partition("<details>")[0]
+    assert "grad_steps: 1\nsteps: 3\n" in settings
+
+
+def evaluated(folder, digest, better):
     """An evaluation with an image of each prompt by the base and by a run, which it calls by another name."""
     rows = [
         Row("base", {"truth": Estimate(90.0, 88.0, 92.0)}),
-        Row("first", {"truth": Estimate(85.0, 82.0, 88.0), "CIDEr": Estimate(71.25)}),
+        Row("first", {"truth": Estimate(85.0, 82.0, 88.0), "CIDEr": Estimate(71.3)}),
         Row("base", {"truth": Estimate(99.0, 98.0, 100.0)}, selection="oracle"),
     ]
     differences = [Difference("truth", "first · single", "plain · single", -5.0, -8.0, -2.0)]
@@ -386,12 +396,12 @@ def test_the_card_reports_the_evaluation_of_the_weights_also_if_the_cycle_harmed
     run = tmp_path / "runs" / "average"
     run.parent.mkdir()
     run.symlink_to(runs / "average")
-    evaluated(run, tmp_path / "runs" / "own", read_run(run)[0]["digest"], False)
-    evaluated(run, tmp_path / "runs" / "others", "0123456789abcdef", True)
+    evaluated(tmp_path / "runs" / "own", read_run(run)[0]["digest"], False)
+    evaluated(tmp_path / "runs" / "others", "0123456789abcdef", True)
     export.export(run, "diffusers", tmp_path / "lora")
     card = ModelCard.load(tmp_path / "lora" / "README.md")
     found = [(one.metric_type, one.metric_value, one.dataset_split) for one in card.data.eval_results]
-    assert found == [("truth", 85.0, "test"), ("cider", 71.25, "test")]
+    assert found == [("truth", 85.0, "test"), ("cider", 71.3, "test")]
     assert card.data.metrics == ["truth", "cider"]
     text = card.text.partition("## Evaluation")[2]
     verdict = text.partition("**Did the cycle help?**")[2].partition("####")[0].split("without:\n")[1].strip()
@@ -399,7 +409,7 @@ def test_the_card_reports_the_evaluation_of_the_weights_also_if_the_cycle_harmed
     assert "first falls behind plain by 5.0 in truth, 95% interval 2.0 to 8.0" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "| metric | base | **this model** |"
-    assert table[2:] == ["| truth | 90.0 [88.0, 92.0] | 85.0 [82.0, 88.0] |", "| CIDEr | – | 71.2 |"]
+    assert table[2:] == ["| truth | 90.0 [88.0, 92.0] | 85.0 [82.0, 88.0] |", "| CIDEr | \N{EN DASH} | 71.3 |"]
     for given in ("others", "none"):
         with pytest.raises(UserError, match=f"--evaluation .*{given}"):
             export.export(run, "diffusers", tmp_path / given, evaluation=tmp_path / "runs" / given)
