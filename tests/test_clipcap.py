@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cyclefit import UserError
@@ -77,7 +78,9 @@ def test_what_was_trained_is_exported_and_read(make, batch, trainable, tmp_path)
     optimizer.step()
     captioner.eval()
     usage = captioner.export("clipcap", tmp_path)
-    compile(usage, "usage", "exec")
+    printed = {"image": to_pil_image(batch.images[0])}
+    exec(usage, printed)
+    assert printed["caption"] == captioner.sample(batch.images[:1], Decoding(), seeds=[0])[0][0]
     assert (tmp_path / "model.safetensors").exists() == (trainable != "mapper")
     torch.manual_seed(5)
     again = make(pretrained=str(tmp_path))

@@ -1,18 +1,26 @@
+import base64
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 
 from cyclefit import UserError, export
+from cyclefit.card import licence, public
 from cyclefit.config import start
 from cyclefit.models import Blip, Decoding, Lora, StableDiffusion
-from cyclefit.runs import load_run
+from cyclefit.records import Difference, Estimate, Evaluation, Finding, Model, Row, Split, Verdict, write_evaluation
+from cyclefit.runs import load_run, read_run, versions
 from cyclefit.train import cli
 from tests.conftest import ROOT
 
@@ -29,6 +37,10 @@ RUNS = {
              "model.image_cycle=null", "model.text_cycle=null"],
     "adapted": ["miniature_blip.yaml", "model.captioner.trainable=lora", "model.captioner.prompt=a small ",
                 "model.optimizer.init_args.lr=0.003", "model.round_trip_images=0"],
+    "cycle": ["miniature_cycle_sd.yaml", "model.cycle.grad_steps=1", "model.cycle.steps=3", "trainer.max_steps=1"],
+    "chat": ["miniature_blip.yaml", "model.captioner=VisionLanguage", "model.captioner.trainable=lora",
+             "model.captioner.pretrained=src/cyclefit/miniature/weights/smolvlm", "model.captioner.prompt=null",
+             "model.round_trip_images=0", "trainer.max_steps=1"],
 }  # fmt: skip
 
 
@@ -129,21 +141,41 @@ def test_diffusers_draws_the_same_images_with_the_exported_adapters(name, form, 
     assert scales == {part: SCALES[name] for part in parts}
 
 
-def test_the_printed_lines_draw_the_images_of_the_run(runs, tmp_path):
+CARDS = {"encoder": "kohya", "average": "diffusers", "adapted": "blip", "chat": "transformers"}
+"""Formats by run."""
+
+PASTED = """
+import json, sys
+results = {}
+for name, lines in json.loads(sys.argv[1]).items():
+    exec(lines, found := {})
+    results[name] = found.get("caption")
+    if "caption" not in found:
+        found["image"].save(f"{sys.argv[2]}/{name}.png")
+print(json.dumps(results))
+"""
+
+
+def test_the_lines_of_the_cards_do_what_the_run_does(runs, batch, tmp_path):
     """Pasted as they are, in a process that knows nothing of cyclefit."""
-    printed = []
-    for name, form in (("encoder", "kohya"), ("average", "diffusers")):
+    pasted, photo = {}, tmp_path / "photo.png"
+    Image.fromarray((batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy()).save(photo)
+    for name, form in CARDS.items():
         out = tmp_path / (f"{name}.safetensors" if form == "kohya" else name)
-        lines = export.export(runs / name, form, out)
-        printed.append(f"{lines}\nimage.save({str(tmp_path / f'{name}.png')!r})")
-    fresh(
-        "import json, sys\nfor lines in json.loads(sys.argv[1]):\n    exec(lines, {})\nprint('[]')", json.dumps(printed)
-    )
+        printed = export.export(runs / name, form, out)
+        text = (tmp_path / "encoder.md" if form == "kohya" else out / "README.md").read_text()
+        pasted[name] = re.search(r"```python\n(.*?)\n```", text, re.DOTALL)[1].replace("photo.jpg", str(photo))
+        assert pasted[name].endswith(printed)
+    results = fresh(PASTED, json.dumps(pasted), tmp_path)
     for name in ("encoder", "average"):
         expected = load_run(runs / name, which="generator")[0].generate(["a red boat on blue water"], [0])
         with Image.open(tmp_path / f"{name}.png") as image:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         assert torch.equal(pixels, (expected[0] * 255).round().byte()), name
+    for name in ("adapted", "chat"):
+        captioner = load_run(runs / name)[0]
+        said = captioner.sample(batch.images[:1], Decoding(), [0])[0][0]
+        assert results[name] == ("a small " * (name == "adapted")) + said
 
 
 def test_the_moving_average_is_exported(runs, drawn, weights):
@@ -294,5 +326,284 @@ def test_out_appears_complete_or_not_at_all(form, runs, tmp_path, monkeypatch):
             export.export(runs / "average", form, out)
     assert not list(tmp_path.iterdir())
     export.export(runs / "average", form, out)
-    assert list(tmp_path.iterdir()) == [out]
-    assert [path.name for path in out.rglob("*")] == (["pytorch_lora_weights.safetensors"] if out.is_dir() else [])
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert written == (
+        {"lora.safetensors", "lora.md"}
+        if form == "kohya"
+        else {"lora.safetensors/pytorch_lora_weights.safetensors", "lora.safetensors/README.md"}
+    )
+    if form == "kohya":
+        out.unlink()
+        with pytest.raises(UserError, match=r"lora\.md exists"):
+            export.export(runs / "average", form, out)
+
+
+def test_the_card_says_what_was_trained(runs, loras, world):
+    card = ModelCard.load(loras["both", "diffusers"] / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image"
+    assert card.data.tags == ["cyclefit", "lora"]
+    assert card.data.base_model is card.data.license is card.data.eval_results is None, "nothing known is made up"
+    card = ModelCard.load(loras["encoder", "kohya"].with_suffix(".md"))
+    config, trained = read_run(runs / "encoder")
+    text = card.text
+    for said in (
+        "`StableDiffusion`, from `stable-diffusion`",
+        "LoRA, rank 4, alpha 16",
+        f"{sum(one.numel() for one in trained.values()):,} parameters",
+        "5 of 5 planned, checkpoint `last`",
+        f"`{config['digest']}`",
+        "python train.py --config miniature_sd_lora.yaml",
+        f"**Trained with**: {versions()}",
+        "The licence of the base, `stable-diffusion`, is not known here",
+        "No evaluation of these weights was found",
+    ):
+        assert said in text, said
+    manifest = json.loads((world / "finetune" / "manifest.json").read_text())
+    assert f"{manifest['samples']:,} samples of `finetune`, packed from: {manifest['source']}" in text
+    settings = text.partition("All settings")[2].partition("## Data")[0]
+    assert "the cycle" not in text.partition("## Training")[0]
+    assert "pretrained: stable-diffusion" in settings and str(ROOT) not in settings and str(world) not in settings
+
+
+def test_the_card_has_the_cycle_and_its_settings(runs, tmp_path):
+    export.export(runs / "cycle", "diffusers", tmp_path / "lora")
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    assert card.data.tags == ["cyclefit", "lora", "cycle-consistency"]
+    assert "its own loss and the cycle loss `TruncatedSampling`." in card.text
+    assert "the captioner `Blip`" in card.text
+    settings = card.text.partition("The cycle `TruncatedSampling`:")[2].partition("<details>")[0]
+    assert "grad_steps: 1\nsteps: 3\n" in settings
+
+
+def evaluated(folder, digest, better):
+    """An evaluation with an image of each prompt by the base and by a run, which it calls by another name."""
+    rows = [
+        Row("base", {"truth": Estimate(90.0, 88.0, 92.0)}),
+        Row("first", {"truth": Estimate(85.0, 82.0, 88.0), "CIDEr": Estimate(71.3)}),
+        Row("base", {"truth": Estimate(99.0, 98.0, 100.0)}, selection="oracle"),
+    ]
+    differences = [Difference("truth", "first · single", "plain · single", -5.0, -8.0, -2.0)]
+    models = {"base": Model(), "first": Model(digest=digest)}
+    verdict = Verdict(better, "Less true: first against plain.", Finding(None, "Nor than CLIP."), "What changed: size.")
+    folder.mkdir()
+    splits = {"test": Split(rows, 150, differences)}
+    write_evaluation(folder, Evaluation(splits, "images", models=models, verdict=verdict))
+
+
+def test_the_card_reports_the_evaluation_of_the_weights_also_if_the_cycle_harmed(runs, tmp_path):
+    """Found beside the run, and only by the digest: neither a name nor another checkpoint will do."""
+    run = tmp_path / "runs" / "average"
+    run.parent.mkdir()
+    run.symlink_to(runs / "average")
+    evaluated(tmp_path / "runs" / "own", read_run(run)[0]["digest"], False)
+    evaluated(tmp_path / "runs" / "others", "0123456789abcdef", True)
+    export.export(run, "diffusers", tmp_path / "lora")
+    card = ModelCard.load(tmp_path / "lora" / "README.md")
+    found = [(one.metric_type, one.metric_value, one.dataset_split) for one in card.data.eval_results]
+    assert found == [("truth", 85.0, "test"), ("cider", 71.3, "test")]
+    assert card.data.metrics == ["truth", "cider"]
+    text = card.text.partition("## Evaluation")[2]
+    verdict = text.partition("**Did the cycle help?**")[2].partition("####")[0].split("without:\n")[1].strip()
+    assert verdict == "no, it did harm.\nLess true: first against plain.\nNor than CLIP.\nWhat changed: size."
+    assert "first falls behind plain by 5.0 in truth, 95% interval 2.0 to 8.0" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[0] == "| metric | base | **this model** |"
+    assert table[2:] == ["| truth | 90.0 [88.0, 92.0] | 85.0 [82.0, 88.0] |", "| CIDEr | \N{EN DASH} | 71.3 |"]
+    for given in ("others", "none"):
+        with pytest.raises(UserError, match=f"--evaluation .*{given}"):
+            export.export(run, "diffusers", tmp_path / given, evaluation=tmp_path / "runs" / given)
+        assert not (tmp_path / given).exists()
+
+
+def test_the_licence_is_the_one_that_the_base_states(tmp_path, monkeypatch):
+    store = tmp_path / "models--some--base"
+    snapshot = store / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (store / "refs").mkdir()
+    (store / "refs" / "main").write_text("0" * 40)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert licence("some/base") == licence(str(snapshot)) == licence("some/other") == licence(None) == {}
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\ntags: [x]\n---\n# Base\n")
+    assert licence("some/base") == licence(str(snapshot)) == {"license": "other", "license_name": "own-terms"}
+    (snapshot / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    assert licence("some/base") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/shards/{000..009}.tar", "{000..009}.tar"),
+        ("coco /data/coco/train2014 ~/coco/captions.json", "coco train2014 captions.json"),
+        ("python train.py --data.train=/home/me/shards --name x", "python train.py --data.train=shards --name x"),
+        ("https://me:secret@host.org/a/b.tar?signature=1", "https://host.org/a/b.tar"),
+        ("pipe:curl -H 'Authorization: x' https://host.org", "pipe:..."),
+        ("<s>[INST] a/b or c </s></s>", "<s>[INST] a/b or c </s></s>"),
+        ("some-org/model", "some-org/model"),
+    ],
+)
+def test_cards_name_no_local_folder_and_no_secret(text, shown):
+    assert public({"of": [text]}) == {"of": [shown]}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The requests that huggingface_hub makes to upload a folder, answered as the hub does."""
+
+    def answer(self, content, status=200):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do(self):
+        hub, path = self.server, self.path
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        hub.requests.append((self.command, path))
+        name = path.removeprefix("/api/models/")
+        address = f"http://127.0.0.1:{hub.server_port}"
+        if not path.startswith("/lfs/") and self.headers.get("Authorization") not in hub.tokens:
+            return self.answer({"error": "Invalid credentials"}, 401)
+        if path == "/api/whoami-v2":
+            return self.answer({"name": "me", "type": "user"})
+        if path == "/api/repos/create":
+            asked = json.loads(data)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] != "me":
+                return self.answer({"error": "You don't have the rights to create a model"}, 403)
+            known = name in hub.private
+            hub.private.setdefault(name, asked.get("visibility") == "private")
+            return self.answer({"url": f"{address}/{name}"}, 409 if known else 200)
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if self.command == "GET" and name in hub.private:
+            return self.answer({"id": name, "private": hub.private[name], "siblings": []})
+        if found := re.fullmatch(r"(.*)/branch/(.*)", name):
+            hub.branches.append(found.groups())
+            return self.answer({})
+        if "/preupload/" in path:
+            files = [file["path"] for file in json.loads(data)["files"]]
+            modes = {file: "lfs" if file.endswith(".safetensors") else "regular" for file in files}
+            return self.answer(
+                {"files": [{"path": f, "uploadMode": mode, "shouldIgnore": False} for f, mode in modes.items()]}
+            )
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{address}/lfs/{one['oid']}"}}}
+                for one in json.loads(data)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        if path.startswith("/lfs/"):
+            hub.large[path.removeprefix("/lfs/")] = data
+            return self.answer({})
+        if found := re.fullmatch(r"(.*)/commit/(.*)", name):
+            for line in map(json.loads, data.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.files[(*found.groups(), value["path"])] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.files[(*found.groups(), value["path"])] = hub.large[value["oid"]]
+            return self.answer({"commitUrl": f"{address}/{found[1]}/commit/1", "commitOid": "1" * 40})
+        return self.answer({"error": "not found"}, 404)
+
+    do_GET = do_POST = do_PUT = do_HEAD = do
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server on this machine in the place of the hub, and the token that it knows."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.requests, server.files, server.large, server.private, server.branches = [], {}, {}, {}, []
+    server.tokens = ["Bearer hf_right"]
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_folder_is_pushed_whole(runs, tmp_path, hub, capsys):
+    out = tmp_path / "captioner"
+    arguments = [str(runs / "adapted"), "--format=blip", f"--out={out}", "--push=me/captioner", "--private"]
+    assert export.main(arguments) == 0
+    sent = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert hub.files == {("me/captioner", "main", name): data for name, data in sent.items()}
+    assert {"README.md", "model.safetensors", "config.json", "tokenizer.json"} <= sent.keys()
+    assert hashlib.sha256(sent["model.safetensors"]).hexdigest() in hub.large
+    assert hub.private == {"me/captioner": True}
+    assert f"uploaded to {constants.ENDPOINT}/me/captioner" in capsys.readouterr().out
+    assert "from_pretrained('me/captioner')" in (card := sent["README.md"].decode())
+    assert str(tmp_path) not in card and str(ROOT) not in card
+
+
+def test_a_file_is_pushed_to_a_branch_with_its_card(runs, tmp_path, hub):
+    out = tmp_path / "lora.safetensors"
+    push = ["--push=me/lora", "--revision=try"]
+    assert export.main([str(runs / "average"), "--format=kohya", f"--out={out}", *push]) == 0
+    card = (tmp_path / "lora.md").read_bytes()
+    sent = {"lora.safetensors": out.read_bytes(), "README.md": card}
+    assert hub.files == {("me/lora", "try", name): data for name, data in sent.items()}
+    assert hub.branches == [("me/lora", "try")]
+    assert b"load_lora_weights('me/lora', revision='try', weight_name='lora.safetensors')" in card
+    assert b"from_pretrained('stable-diffusion')" in card
+    assert b"`stable-diffusion` was a local folder" in card
+
+
+def test_nothing_is_pushed_if_the_export_fails(runs, tmp_path, hub, monkeypatch):
+    import safetensors.torch
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", dies)
+    with pytest.raises(KeyboardInterrupt):
+        export.main([str(runs / "average"), "--format=diffusers", f"--out={tmp_path / 'x'}", "--push=me/lora"])
+    assert hub.requests == [("GET", "/api/whoami-v2")]
+
+
+@pytest.mark.parametrize(
+    ("case", "push", "message", "exported"),
+    [
+        ("no token", "me/x", "there is no token for the hub: log in with `hf auth login`, or set HF_TOKEN$", False),
+        ("wrong token", "me/x", "the hub does not accept the token: log in", False),
+        ("no network", "me/x", r"http://127\.0\.0\.1:9 does not answer .*: check the network, or HF_ENDPOINT$", False),
+        ("offline", "me/x", "HF_HUB_OFFLINE is set: unset it to use the hub$", False),
+        ("", "x", "--push x is not the name of a repository on the hub: write it as ORG/NAME$", False),
+        ("", "other/x", "no right to write to other/x: .*lora is complete: delete it and run the command", True),
+        ("public", "me/x", "me/x exists and is public, so nothing was uploaded: leave out --private", True),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(case, push, message, exported, runs, tmp_path, hub, monkeypatch):
+    if case == "no token":
+        monkeypatch.delenv("HF_TOKEN")
+    elif case == "wrong token":
+        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    elif case == "no network":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    elif case == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif case == "public":
+        hub.private["me/x"] = False
+    with pytest.raises(UserError, match=message) as raised:
+        export.main(
+            [str(runs / "average"), "--format=diffusers", f"--out={tmp_path / 'lora'}", f"--push={push}", "--private"]
+        )
+    assert "\n" not in str(raised.value)
+    assert (tmp_path / "lora").exists() == exported
+    assert not hub.files
+
+
+def test_options_of_an_upload_need_one(runs, tmp_path):
+    with pytest.raises(UserError, match="add --push ORG/NAME"):
+        export.main([str(runs / "average"), "--format=diffusers", f"--out={tmp_path / 'x'}", "--private"])

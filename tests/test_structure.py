@@ -20,7 +20,8 @@ LAYERS = [
     {"report"},
     {"finetune"},
     {"train"},
-    {"evaluate", "miniature", "export"},
+    {"evaluate", "miniature", "card"},
+    {"export"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CORE = ("models", "judges", "cycles", "rerank", "finetune", "train")

@@ -1,6 +1,7 @@
 """A finetuned run on disk: its configuration, its checkpoints, and its models with the trained weights."""
 
 import errno
+import importlib.metadata
 import logging
 import os
 import socket
@@ -16,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from cyclefit import UserError
+from cyclefit import UserError, __version__
 from cyclefit.config.paths import found
 from cyclefit.digests import digest
 from cyclefit.files import atomic
@@ -31,6 +32,12 @@ READABLE = {"state_dict": dict, "global_step": int}
 RESUMABLE = READABLE | {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
 RESUMABLE |= {"pytorch-lightning_version": str}
 """The entries that continuing a run needs."""
+
+
+def versions() -> str:
+    """The versions of cyclefit and of the libraries that results depend on most."""
+    names = ("torch", "lightning", "transformers", "diffusers", "peft")
+    return ", ".join([f"cyclefit {__version__}", *(f"{name} {importlib.metadata.version(name)}" for name in names)])
 
 
 @contextmanager

@@ -89,6 +89,7 @@ class ClipCap(LargeVocabulary):
             self.model = load_model(kind, language_model, random_weights=random_weights)
             self.tokenizer = AutoTokenizer.from_pretrained(files)
         self.clip = OpenClip(clip, clip_weights)
+        self.named = {"language_model": str(language_model), "clip": str(clip), "clip_weights": clip_weights}
         # GPT-2 has no other special token.
         self.end_token_id = self.pad_token_id = self.tokenizer.eos_token_id
         self.model.generation_config = GenerationConfig()
@@ -167,11 +168,12 @@ class ClipCap(LargeVocabulary):
         if self.trainable == "mapper and decoder":
             self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
-        settings = "".join(f", {name}={value!r}" for name, value in self.shape.items())
+        settings = "".join(f", {name}={value!r}" for name, value in (self.named | self.shape).items())
         return (
+            "from torchvision.transforms.functional import to_tensor\n"
             "from cyclefit.models import ClipCap, Decoding\n"
-            f"captioner = ClipCap({str(path)!r}{settings})  # with the run's clip, clip_weights and language_model\n"
-            "captions = captioner.sample(images, Decoding(), seeds=[0])"
+            f"captioner = ClipCap({str(path)!r}{settings})\n"
+            "caption = captioner.sample(to_tensor(image)[None], Decoding(), seeds=[0])[0][0]"
         )
 
 

@@ -1,7 +1,9 @@
 """Callbacks of a run: save its configuration, count its time, stop it on signals."""
 
 import json
+import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,11 +17,13 @@ from typing_extensions import override
 
 from cyclefit.config.paths import written_from
 from cyclefit.files import write_atomic
+from cyclefit.runs import versions
 
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` to the run's folder and logs the configuration to W&B, on rank 0 only.
 
+    The comments at the head of the file are the command and the versions of the libraries.
     The file and W&B's run id are written just before the first optimizer step, so that a start that fails does not
     change an earlier run.
     """
@@ -32,7 +36,8 @@ class SaveRunConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / self.config_filename, self._dumped(folder, "yaml"))
+        made = "".join(f"# {' '.join(line.split())}\n" for line in (shlex.join(["python", *sys.argv]), versions()))
+        write_atomic(folder / self.config_filename, made + self._dumped(folder, "yaml"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 (folder / "wandb_id.txt").write_text(logger._wandb_init["id"] + "\n")
