@@ -44,7 +44,7 @@ def export(run: Path, form: str, out: Path, checkpoint: str = "last") -> str:
 def main(arguments: list[str]) -> int:
     """`python -m cyclefit.export RUN --format FORMAT --out PATH [--checkpoint last|best]`."""
     parser = argparse.ArgumentParser(
-        prog="python -m cyclefit.export", description="Exports the trained weights of a run for other software."
+        prog="cyclefit export", description="Exports the trained weights of a run for other software."
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(

@@ -66,7 +66,7 @@ def with_latents(
 
 def main(arguments: list[str]) -> int:
     """Writes new shards with the latents of their images; an interrupted run continues."""
-    parser = argparse.ArgumentParser(prog="python -m cyclefit.latents", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="cyclefit latents", description=main.__doc__)
     parser.add_argument("--shards", required=True, help="folder, pattern or URL of shards")
     parser.add_argument("--generator", required=True, help="hub id or folder, as in model.generator.pretrained")
     parser.add_argument("--class_path", help="as in model.generator.class_path; default: by the model's family")

@@ -189,7 +189,7 @@ def load_tokenizers(name: str) -> dict[str, object]:
 
 def main(arguments: list[str]) -> int:
     """Prints how many of a captioner's tokens have a counterpart in each of a generator's vocabularies, by kind."""
-    parser = argparse.ArgumentParser(prog="python -m cyclefit.models.bridge", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="cyclefit bridge", description=main.__doc__)
     parser.add_argument("--captioner", required=True, help="hub id or folder with a tokenizer")
     parser.add_argument("--generator", required=True, help="hub id or folder of a pipeline or of a tokenizer")
     parser.add_argument("--vocab_size", type=int, help="width of the captioner's logits, if its tokenizer has fewer")
