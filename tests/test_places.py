@@ -29,6 +29,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("key", "value", "in_a_file", "on_the_command_line"),
     [
+        ("model", "cyclefit:miniature/weights/blip", str(WEIGHTS / "blip"), str(WEIGHTS / "blip")),
         ("model", "../models/m", "@/models/m", "@/models/m"),
         ("model", "near", "@/configs/near", "near"),
         ("model", "models/m", "models/m", "@/elsewhere/models/m"),

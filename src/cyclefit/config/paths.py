@@ -29,15 +29,18 @@ def is_path(text: str) -> bool:
     return text.startswith((".", "/", "~", IN_PACKAGE))
 
 
+def packaged(text: str) -> str:
+    """The path of a file in the package; any other text as it is."""
+    return os.path.normpath(PACKAGE / text.removeprefix(IN_PACKAGE)) if text.startswith(IN_PACKAGE) else text
+
+
 def found(text: str, folder: Path | None = None, exists: Callable[[str], bool] = os.path.exists) -> str:
     """The absolute path of a text in a file of `folder`, or in the working directory.
 
     If the folder is that of a run that was moved, and nothing exists there, the path is looked up from where the run
     was trained.
     """
-    if text.startswith(IN_PACKAGE):
-        return os.path.normpath(PACKAGE / text.removeprefix(IN_PACKAGE))
-    folder, text = Path(os.path.realpath(folder or Path.cwd())), os.path.expanduser(text)
+    folder, text = Path(os.path.realpath(folder or Path.cwd())), os.path.expanduser(packaged(text))
     if folder == PACKAGE / "configs":  # in a repository, a link to its folder
         folder = (_working.get() or Path.cwd()) / "configs"
     path = os.path.abspath(folder / text)
