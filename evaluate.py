@@ -1,5 +1,7 @@
 """Evaluates finetuned models against reranked inference: `python evaluate.py captions --config NAME`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

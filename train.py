@@ -1,5 +1,7 @@
 """Finetunes a captioner or a generator: `python train.py --config cycle_blip.yaml`."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

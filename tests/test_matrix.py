@@ -35,13 +35,6 @@ def config(tmp_path_factory, world):
     def write(name, **changes):
         content = yaml.safe_load((ROOT / "configs" / "miniature_matrix.yaml").read_text())
         content |= {"shards": {"test": str(world / "test")}, "limit": INPUTS, "batch_size": 4, "gallery": 2}
-        for members in (content["captioners"], content["generators"]):
-            for member in members.values():
-                member["init_args"]["pretrained"] = str(ROOT / "configs" / member["init_args"]["pretrained"])
-        content["scorers"]["clip-heldout"]["init_args"]["model"] = str(
-            ROOT / "src/cyclefit/miniature/weights/clip-heldout"
-        )
-        content["reader"]["pretrained"] = str(ROOT / "src/cyclefit/miniature/weights/reader")
         for generator in content["generators"].values():
             generator["init_args"]["steps"] = 2
         for keys, value in changes.items():

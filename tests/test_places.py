@@ -29,6 +29,7 @@ SMALL = [
 @pytest.mark.parametrize(
     ("key", "value", "in_a_file", "on_the_command_line"),
     [
+        ("model", "cyclefit:miniature/weights/blip", str(WEIGHTS / "blip"), str(WEIGHTS / "blip")),
         ("model", "../models/m", "@/models/m", "@/models/m"),
         ("model", "near", "@/configs/near", "near"),
         ("model", "models/m", "models/m", "@/elsewhere/models/m"),
@@ -106,6 +107,7 @@ def test_a_run_is_used_from_any_folder_and_after_it_was_moved(project, tmp_path,
     before = load_run(project / "runs" / "x")[0].state_dict()
     stored = (project / "runs" / "x" / "config.yaml").read_text()
     assert stored.count(str(tmp_path)) == 1, "only where it was trained"
+    assert "pretrained: cyclefit:miniature/weights/blip\n" in stored
 
     # The whole project, under another name, as its folder of runs is.
     moved = tmp_path / "new" / "name"
@@ -115,8 +117,8 @@ def test_a_run_is_used_from_any_folder_and_after_it_was_moved(project, tmp_path,
     run = moved / "results" / "x"
     after = load_run(Path("../new/name/results/x"))[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert load_run(run, which="generator")[0].pretrained.startswith(str(moved))
-    assert f"from_pretrained('{moved}/src" in export.export(run, "diffusers", tmp_path / "lora")
+    assert load_run(run, which="generator")[0].pretrained == str(WEIGHTS / "stable-diffusion")
+    assert f"from_pretrained('{WEIGHTS}" in export.export(run, "diffusers", tmp_path / "lora")
     monkeypatch.setattr("cyclefit.evaluate.run.write_report", str)  # drawing figures takes longer than all else
     small = ["--limit=2", "--generator.steps=1", "--out=evaluation", "--num_candidates=1"]
     runs = "--runs=['../new/name/results/x']"
@@ -142,7 +144,7 @@ def test_a_run_is_used_from_any_folder_and_after_it_was_moved(project, tmp_path,
     far = tmp_path / "far" / "and" / "away" / "x"
     far.parent.mkdir(parents=True)
     run.rename(far)
-    assert load_run(far, which="generator")[0].pretrained.startswith(str(moved))
+    assert load_run(far, which="generator")[0].pretrained == str(WEIGHTS / "stable-diffusion")
     cli.train(["--config", "../far/and/away/x/config.yaml", "--ckpt_path=last", "--trainer.max_steps=4"])
     assert steps(far) == 4
     assert not run.exists()

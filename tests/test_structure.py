@@ -22,6 +22,7 @@ LAYERS = [
     {"train"},
     {"evaluate", "miniature", "card"},
     {"export"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CORE = ("models", "judges", "cycles", "rerank", "finetune", "train")
@@ -103,6 +104,7 @@ def test_nothing_is_too_large():
     [
         ("cyclefit", ["torch"]),
         ("cyclefit.config.start", ["torch", "lightning", "jsonargparse"]),
+        ("cyclefit.__main__", ["torch", "lightning", "jsonargparse"]),
         ("cyclefit.report", ["torch", "matplotlib.pyplot"]),
         ("cyclefit.records", ["torch", "jsonargparse"]),
         ("cyclefit.data.pack", ["torch", "lightning"]),

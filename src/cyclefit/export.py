@@ -168,10 +168,9 @@ def _line(error: BaseException) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """The command `python -m cyclefit.export`; its options are below."""
+    """The command `cyclefit export`; its options are below."""
     parser = argparse.ArgumentParser(
-        prog="python -m cyclefit.export",
-        description="Exports the trained weights of a run for other software, with a model card.",
+        prog="cyclefit export", description="Exports the trained weights of a run for other software, with a model card."
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(

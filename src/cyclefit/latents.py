@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import save
 
 from cyclefit import UserError
+from cyclefit.config.paths import packaged
 from cyclefit.config.settings import Problem, class_named, parameters
 from cyclefit.config.start import run
 from cyclefit.data import (
@@ -66,9 +67,10 @@ def with_latents(
 
 def main(arguments: list[str]) -> int:
     """Writes new shards with the latents of their images; an interrupted run continues."""
-    parser = argparse.ArgumentParser(prog="python -m cyclefit.latents", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="cyclefit latents", description=main.__doc__)
     parser.add_argument("--shards", required=True, help="folder, pattern or URL of shards")
-    parser.add_argument("--generator", required=True, help="hub id or folder, as in model.generator.pretrained")
+    hub = "hub id or folder, as in model.generator.pretrained"
+    parser.add_argument("--generator", type=packaged, required=True, help=hub)
     parser.add_argument("--class_path", help="as in model.generator.class_path; default: by the model's family")
     parser.add_argument("--revision", help="as in model.generator.revision")
     parser.add_argument("--variant", help="as in model.generator.variant")

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from cyclefit import UserError, __version__
-from cyclefit.config.paths import found
+from cyclefit.config.paths import IN_PACKAGE, found
 from cyclefit.digests import digest
 from cyclefit.files import atomic
 from cyclefit.models import Captioner, Generator
@@ -207,7 +207,7 @@ def find_checkpoint(folder: Path, checkpoint: str = "last") -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """A run's configuration, with paths that are relative to its folder made absolute.
+    """A run's configuration, with paths that are relative to its folder or to the package made absolute.
 
     Raises:
         FileNotFoundError: there is none.
@@ -221,7 +221,7 @@ def read_config(folder: Path) -> dict:
         if isinstance(value, list):
             return [located(inner) for inner in value]
         # Paths begin like this where `paths.written` wrote them.
-        relative = isinstance(value, str) and (value == ".." or value.startswith(("./", "../")))
+        relative = isinstance(value, str) and (value == ".." or value.startswith(("./", "../", IN_PACKAGE)))
         return found(value, folder) if relative else value
 
     try:
@@ -270,7 +270,7 @@ def load_run(folder: Path, checkpoint: str = "last", which: Which = "captioner")
     if not trained:
         other = {"captioner": "images", "generator": "captions"}[which]
         raise UserError(
-            f"the run {folder} did not finetune a {which}: leave it out, or evaluate it by `python evaluate.py {other}`"
+            f"the run {folder} did not finetune a {which}: leave it out, or evaluate it by `cyclefit evaluate {other}`"
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments({"captioner": Captioner, "generator": Generator}[which], which)

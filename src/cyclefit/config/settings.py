@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch.optim import Optimizer
 
 from cyclefit import UserError
+from cyclefit.config.paths import working
 from cyclefit.config.ranges import OPTIMIZER, Count, Natural, NonNegative, Positive, Range, Seed, range_of, wanted
 
 CountOrAll = Annotated[int, Range(1, also=-1)]
@@ -67,7 +68,8 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
     hints = {action.dest: getattr(action, "_typehint", Any) for action in actions}
     hints |= {key: hint for key, hint in TRAINER.items() if key in hints}
     try:
-        config = parser.parse_args(arguments)
+        with working():
+            config = parser.parse_args(arguments)
     except ArgumentError as error:
         required = {action.dest for action in actions if action.required}
         for problem, source in _search(arguments, hints, required):

@@ -19,7 +19,17 @@ from pathlib import Path
 from cyclefit import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = ROOT / "configs"
+CONFIGS = (Path(__file__).parents[1] / "configs").resolve()
+"""A link to the repository's folder; in an installed package, a folder."""
+
+OPTIONS = {
+    "name": "name of the run; its files are written to RUNS/NAME",
+    "runs": "folder of all runs",
+    "ckpt_path": "continue from `last`, `auto` (last, if any) or a file",
+    "group": "W&B group of the run",
+    "dry_run": "print memory and time of a training step, without downloading weights or training",
+}
+"""Options of training that are no settings of its objects."""
 
 
 @contextmanager
@@ -36,8 +46,9 @@ def importing() -> Iterator[None]:
 def resolve_configs(arguments: list[str]) -> list[str]:
     """Arguments in which every `--config` names a file, the configs it is based on before it.
 
-    A bare name is that of a file in `configs/`. A yaml with `base: NAME` or `base: [NAME, ...]` on its first level is
-    read on top of these, which are beside it or in `configs/`; those that were read before are not read again.
+    A bare name is that of a file in the working folder, or else of a config that comes with the package. A yaml with
+    `base: NAME` or `base: [NAME, ...]` on its first level is read on top of these, which are beside it or come with the
+    package; those that were read before are not read again.
 
     Raises:
         UserError: there is no such file; the message lists those that exist.
@@ -86,6 +97,11 @@ def _bases(path: str, read: set[str]) -> Iterator[str]:
 
 def run(function) -> None:
     """Runs a command; a user's mistake is one sentence on stderr and exit status 2, Ctrl-C one word and status 130."""
+    if sys.version_info < (3, 11):  # noqa: UP036 a repository's scripts are started by any Python
+        version = ".".join(map(str, sys.version_info[:2]))
+        reason = f"{sys.executable} is Python {version}, and cyclefit needs 3.11 or newer"
+        print(f"error: {reason}: {_way_out()}", file=sys.stderr)
+        sys.exit(2)
     try:
         sys.exit(function(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -94,7 +110,7 @@ def run(function) -> None:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "cyclefit":
             raise
-        print(f"error: {_python_without(error.name)}", file=sys.stderr)
+        print(f"error: {sys.executable} has no package {error.name!r}: {_way_out()}", file=sys.stderr)
         sys.exit(2)
     except (ValueError, TypeError, OSError) as error:
         mistake = _mistake_behind(error)
@@ -104,17 +120,22 @@ def run(function) -> None:
         sys.exit(2)
 
 
-def _python_without(module: str) -> str:
-    """What to do if this Python lacks a package."""
+def command_line() -> str:
+    """The command that started this process, as it is typed."""
+    program = Path(sys.argv[0])
+    installed = program.name == "cyclefit" or program.parts[-2:] == ("cyclefit", "__main__.py")
+    return shlex.join([*(["cyclefit"] if installed else ["python", sys.argv[0]]), *sys.argv[1:]])
+
+
+def _way_out() -> str:
+    """What to do if this Python does not suffice: which one has the packages, or how to make it."""
     environment = ROOT / ".venv"
     python = environment / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != environment.resolve():
-        way_out = f"run it with {shlex.join([os.path.relpath(python), *sys.argv])}"
-    elif (ROOT / "Makefile").exists():
-        way_out = f"run `make setup` in {os.path.relpath(ROOT)}, which makes .venv/bin/python"
-    else:
-        way_out = "install the project into it with pip"
-    return f"{sys.executable} has no package {module!r}: {way_out}"
+        return f"run it with {shlex.join([os.path.relpath(python), *sys.argv])}"
+    if (ROOT / "Makefile").exists():
+        return f"run `make setup` in {os.path.relpath(ROOT)}, which makes .venv/bin/python"
+    return "install cyclefit with pip into an environment of Python 3.11 or newer"
 
 
 def _mistake_behind(error: BaseException | None) -> BaseException | str | None:

@@ -31,7 +31,7 @@ TAKES = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cyclefit.data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="cyclefit data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     pack = commands.add_parser("pack", help="write shards")
     pack.add_argument("source", choices=list(TAKES))

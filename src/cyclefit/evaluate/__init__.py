@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     from cyclefit.config.start import resolve_configs
 
     description = "Evaluates finetuned models against reranked inference."
-    parser = ArgumentParser(prog="evaluate.py", description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="cyclefit evaluate", description=description, exit_on_error=False, allow_abbrev=False)
     commands, parsers = parser.add_subcommands(), {}
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.__doc__.split("\n\n")[0])

@@ -1,8 +1,6 @@
 """Judges on trial: how often each one finds what is true of an image among hard negatives, and at what cost."""
 
 import os
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from rich.table import Column, Table
 
 from cyclefit import UserError
 from cyclefit.config.ranges import Count, Seed
+from cyclefit.config.start import command_line
 from cyclefit.data.hard_negatives import Benchmark, Example, load_image
 from cyclefit.digests import digest
 from cyclefit.evaluate.common import CandidateFile, launch, machine, progress_bar
@@ -117,7 +116,7 @@ def judges(
         "devices": devices * num_nodes,
         "machine": machine(),
         "created": date.today().isoformat(),
-        "commands": [shlex.join(["python", *sys.argv])],
+        "commands": [command_line()],
         "seconds": round(time.perf_counter() - started),
     }
     page = write_trials(Path(out), trials, {name: judge.describe() for name, (judge, _) in on_trial.items()}, metadata)

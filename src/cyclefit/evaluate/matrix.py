@@ -2,8 +2,6 @@
 
 import os
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
@@ -12,6 +10,7 @@ from pathlib import Path
 from cyclefit import UserError
 from cyclefit.config.paths import Folder
 from cyclefit.config.ranges import Count, Natural, Seed
+from cyclefit.config.start import command_line
 from cyclefit.data import Shards, evaluation_batches, expand_shards
 from cyclefit.digests import digest_of_shards
 from cyclefit.evaluate.cells import counts, directions, print_tables
@@ -188,7 +187,7 @@ class Matrix:
                 "seed": self.seed,
                 "max_new_tokens": self.decoding.max_new_tokens,
                 "machine": machine(),
-                "command": shlex.join(["python", *sys.argv]),
+                "command": command_line(),
             },
         )
         write_json(self.folder / "metrics.json", results)

@@ -1,7 +1,5 @@
 """The driver of evaluations: every model on the same inputs, its candidates judged and measured, and what came out."""
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from datetime import date
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from cyclefit import UserError
 from cyclefit.batch import Batch
+from cyclefit.config.start import command_line
 from cyclefit.data import evaluation_batches, expand_shards
 from cyclefit.digests import digest_of_shards
 from cyclefit.evaluate.base import Evaluate, Inputs
@@ -195,7 +194,7 @@ def _metadata(evaluation: Evaluate, started: float) -> dict[str, Any]:
         **evaluation.sampling,
         "devices": evaluation.devices * evaluation.num_nodes,
         "machine": machine(),
-        "commands": [shlex.join(["python", *sys.argv])],
+        "commands": [command_line()],
         "seconds": round(time.perf_counter() - started),
     }
 

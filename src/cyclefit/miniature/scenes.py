@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cyclefit.config.start import run
 from cyclefit.files import write_atomic
 from cyclefit.metrics.facts import OPPOSITE, PLACES, RELATIONS, SHAPES, SIZE_WORDS
 
@@ -268,15 +269,16 @@ def write_splits(out: Path, splits: list[str], seed: int = 0, samples_per_shard:
         )
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     """Writes the miniature world's splits for finetuning and evaluation as shards."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="cyclefit scenes", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/miniature"), help="folder of the splits")
     parser.add_argument("--splits", nargs="+", choices=list(SPLITS)[1:], default=list(SPLITS)[2:])
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    write_splits(arguments.out, arguments.splits, arguments.seed)
+    parsed = parser.parse_args(arguments)
+    write_splits(parsed.out, parsed.splits, parsed.seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cyclefit import UserError
+from cyclefit.config.paths import packaged
 from cyclefit.config.start import run
 from cyclefit.models.pretrained import loading
 from cyclefit.models.repository import local_files, repository
@@ -189,9 +190,9 @@ def load_tokenizers(name: str) -> dict[str, object]:
 
 def main(arguments: list[str]) -> int:
     """Prints how many of a captioner's tokens have a counterpart in each of a generator's vocabularies, by kind."""
-    parser = argparse.ArgumentParser(prog="python -m cyclefit.models.bridge", description=main.__doc__)
-    parser.add_argument("--captioner", required=True, help="hub id or folder with a tokenizer")
-    parser.add_argument("--generator", required=True, help="hub id or folder of a pipeline or of a tokenizer")
+    parser = argparse.ArgumentParser(prog="cyclefit bridge", description=main.__doc__)
+    parser.add_argument("--captioner", type=packaged, required=True, help="hub id or folder with a tokenizer")
+    parser.add_argument("--generator", type=packaged, required=True, help="hub id or folder of a pipeline or tokenizer")
     parser.add_argument("--vocab_size", type=int, help="width of the captioner's logits, if its tokenizer has fewer")
     parser.add_argument("--list", choices=KINDS, metavar="KIND", help=f"also list the rows of {', '.join(KINDS)}")
     options = parser.parse_args(arguments)

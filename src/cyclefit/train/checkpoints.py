@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shlex
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from lightning.pytorch.trainer.call import _call_callbacks_state_dict
 from typing_extensions import override
 
 from cyclefit import UserError
+from cyclefit.config.start import command_line
 from cyclefit.runs import write_checkpoint
 
 
@@ -196,4 +196,4 @@ def unobserved(trainer: L.Trainer) -> Iterator[None]:
 def continuation(checkpoint: str = "last") -> str:
     """The command that continues this run."""
     again = "" if re.search(r"--ckpt_path[= ](last|auto)\b", " ".join(sys.argv)) else f" --ckpt_path {checkpoint}"
-    return shlex.join(["python", *sys.argv]) + again
+    return command_line() + again

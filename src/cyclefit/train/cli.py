@@ -20,7 +20,7 @@ from typing_extensions import override
 from cyclefit import UserError
 from cyclefit.config.paths import Folder, NameOrPath
 from cyclefit.config.settings import parse
-from cyclefit.config.start import resolve_configs
+from cyclefit.config.start import OPTIONS, resolve_configs
 from cyclefit.data import ShardData, check_shards
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
@@ -60,18 +60,15 @@ class RunCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser) -> None:
-        parser.add_argument("--name", type=str, help="name of the run; its files are written to RUNS/NAME")
-        parser.add_argument("--runs", type=Folder, default="runs", help="folder of all runs")
-        parser.add_argument(
-            "--ckpt_path", type=NameOrPath | None, help="continue from `last`, `auto` (last, if any) or a file"
-        )
-        parser.add_argument("--group", type=str | None, help="W&B group of the run")
-        dry_run = "print memory and time of a training step, without downloading weights or training"
-        parser.add_argument("--dry_run", type=bool, nargs="?", const=True, default=False, help=dry_run)
+        parser.add_argument("--name", type=str, help=OPTIONS["name"])
+        parser.add_argument("--runs", type=Folder, default="runs", help=OPTIONS["runs"])
+        parser.add_argument("--ckpt_path", type=NameOrPath | None, help=OPTIONS["ckpt_path"])
+        parser.add_argument("--group", type=str | None, help=OPTIONS["group"])
+        parser.add_argument("--dry_run", type=bool, nargs="?", const=True, default=False, help=OPTIONS["dry_run"])
 
     @override
     def parse_arguments(self, parser, args) -> None:
-        self.config = parse(parser, resolve_configs(sys.argv[1:]))
+        self.config = parse(parser, resolve_configs(args))
         gpu = self.config.trainer.accelerator in ("gpu", "cuda")
         if gpu and not self.config.dry_run and not torch.accelerator.is_available():
             raise UserError("trainer.accelerator asks for a GPU, but torch finds none: set it to auto or cpu")
@@ -159,7 +156,8 @@ class RunCLI(LightningCLI):
 
 def train(arguments: list[str]) -> int:
     """Trains according to the config and returns the exit status: 128 + n after signal n, as in a shell."""
-    sys.argv[1:] = arguments  # which Lightning runs again for further processes
+    if sys.argv[1:] != ["train", *arguments]:  # `cyclefit train`
+        sys.argv[1:] = arguments  # which Lightning runs again for further processes
     torch.set_float32_matmul_precision("high")
     # Frozen partners are in eval mode on purpose; the fit asserts it.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -177,6 +175,7 @@ def train(arguments: list[str]) -> int:
             trainer_defaults={},
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             run=False,
+            args=arguments,
         )
         if cli.config.dry_run:
             from cyclefit.train.dry_run import report
