@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "files", "config", "digests"},
+    {"batch", "files", "config", "digests", "progress"},
     {"models", "records"},
     {"metrics"},
     {"data"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"evaluate", "miniature", "export"},
+    {"status"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CORE = ("models", "judges", "cycles", "rerank", "finetune", "train")

@@ -24,8 +24,9 @@ from cyclefit.config.start import resolve_configs
 from cyclefit.data import ShardData, check_shards
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
+from cyclefit.progress import on_terminal
 from cyclefit.runs import RESUMABLE, has_trained, hold, newest, read_checkpoint, saved
-from cyclefit.train.callbacks import SaveRunConfig, StopOnSignal, TrainSeconds
+from cyclefit.train.callbacks import ProgressLines, SaveRunConfig, StopOnSignal, TrainSeconds
 from cyclefit.train.checkpoints import (
     FitWithLastValidation,
     LastCheckpoint,
@@ -33,7 +34,7 @@ from cyclefit.train.checkpoints import (
     WholeCheckpoints,
     continuation,
 )
-from cyclefit.train.loggers import JsonlLogger, wandb_logger
+from cyclefit.train.loggers import Choice, JsonlLogger, check_logger, chosen_loggers
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
 # constants of the models and are not sent in every step.
@@ -49,7 +50,7 @@ StrategyRegistry.register(
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with `--name`, `--runs`, `--ckpt_path`, `--group` and `--dry_run`.
+    """LightningCLI with `--name`, `--runs`, `--ckpt_path`, `--group`, `--logger` and `--dry_run`.
 
     `held` keeps the lock on the run's folder until it is closed.
     """
@@ -66,6 +67,8 @@ class RunCLI(LightningCLI):
             "--ckpt_path", type=NameOrPath | None, help="continue from `last`, `auto` (last, if any) or a file"
         )
         parser.add_argument("--group", type=str | None, help="W&B group of the run")
+        logger = "where the run logs, beside metrics.jsonl in its folder; `trainer.logger` replaces it"
+        parser.add_argument("--logger", type=Choice, default="wandb", help=logger)
         dry_run = "print memory and time of a training step, without downloading weights or training"
         parser.add_argument("--dry_run", type=bool, nargs="?", const=True, default=False, help=dry_run)
 
@@ -88,6 +91,8 @@ class RunCLI(LightningCLI):
         self.folder = Path(config.runs) / config.name
         if config.dry_run:
             return
+        if config.trainer.logger in (None, True):
+            check_logger(config.logger)
         if rank_zero_only.rank == LightningEnvironment().node_rank() == 0:  # one process of a launch
             self.held.enter_context(hold(self.folder, "--name or --runs"))
         self.ckpt_path = self._checkpoint(config.ckpt_path)
@@ -131,19 +136,18 @@ class RunCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
-        settings = self.config.trainer
-        if settings.logger in (None, True):
-            kwargs["logger"] = [
-                JsonlLogger(self.folder),
-                wandb_logger(self.folder, self.config.name, self.config.group),
-            ]
+        settings, logger = self.config.trainer, self.config_init.trainer.logger
+        if logger in (None, True):
+            logger = chosen_loggers(self.config.logger, self.folder, self.config.name, self.config.group)
+        if logger is not False:
+            kwargs["logger"] = [JsonlLogger(self.folder), *(logger if isinstance(logger, list) else [logger])]
         self.stop = StopOnSignal()
         checkpoints, monitor = self.folder / "checkpoints", self.model.monitor
         best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         callbacks = [self.stop, TrainSeconds(), *([best, last] if monitor else [last])]
         if settings.enable_progress_bar in (None, True):
-            callbacks.append(RichProgressBar())
+            callbacks.append(RichProgressBar() if on_terminal() else ProgressLines())
         self.trainer_defaults["callbacks"] = callbacks
         kwargs["plugins"] = [WholeCheckpoints(), *(settings.plugins or [])]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
