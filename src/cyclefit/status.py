@@ -90,9 +90,9 @@ class Status:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder contains a run that has taken a step."""
-    with suppress(OSError, UserError, ValueError):
+    with suppress(OSError, UserError, KeyError, TypeError):
         config = read_config(folder)
-        return isinstance(config.get("model"), dict) and isinstance(config.get("trainer"), dict)
+        return isinstance(config["model"]["init_args"], dict) and "max_steps" in config["trainer"]
     return False
 
 
@@ -113,7 +113,7 @@ def read(folder: Path) -> Status:
                 step = read_checkpoint(path, verify=False)["global_step"]
                 checkpoints[path.name] = f"step {step}, {_date(path.stat().st_mtime)}"
                 steps.append(step)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 checkpoints[path.name] = str(error)
     # A row has the number of the step before it is counted.
     steps += [1 + max(by_step) for by_step in metrics.values()]
@@ -141,7 +141,7 @@ def _short(described: dict) -> str:
 def _words(described: dict) -> str:
     """A model or a cycle: its class, weights, and reward."""
     arguments = described.get("init_args") or {}
-    words = [_short(described), *(str(arguments[key]) for key in ("pretrained", "model") if arguments.get(key))][:2]
+    words = [_short(described), *(str(arguments[key]) for key in ("model", "pretrained") if arguments.get(key))][:2]
     if arguments.get("weight") is not None:
         words.append(f"weight {arguments['weight']}")
     if arguments.get("reward"):
@@ -170,9 +170,8 @@ def facts(status: Status) -> dict[str, str]:
 
 def commands(status: Status) -> dict[str, str]:
     """What can be done with a run, and the command of each."""
-    folder = Path(os.path.relpath(status.folder))
-    parent = folder.parent if folder.name == status.name else Path(os.path.relpath(status.folder.resolve().parent))
-    folder, made = parent / status.name, {}
+    folder, made = relative(status.folder), {}
+    parent = folder.parent
     finished = status.state == "finished"
     if not status.state.startswith("running"):
         train = ["python", "train.py", "--config", folder / "config.yaml", "--runs", parent, "--name", status.name]
@@ -185,15 +184,17 @@ def commands(status: Status) -> dict[str, str]:
         return made
     for kind in status.kinds:
         config, overrides = _evaluation(status, kind)
-        command = ["python", "evaluate.py", kind, "--config", config, f"--runs=[{folder}]"]
+        command = ["python", "evaluate.py", kind, "--config", config, f"--runs={json.dumps([str(folder)])}"]
         made[f"evaluate {kind}"] = _joined([*command, f"--out={parent / f'{status.name}-{kind}'}", *overrides])
     others = sorted(parent.glob("*/config.yaml"))
-    alike = [path.parent for path in others if len(others) <= 8 and is_run(path.parent)]
-    alike = [read for read in alike if _short(read_config(read)["model"]) == _short(status.config["model"])]
-    chosen = sorted({folder, *alike}, key=lambda path: (_has_cycle(read_config(path)), path.name))
-    everything = [f"{shlex.quote(str(parent))}/*"] if len(others) > 8 else [shlex.quote(str(path)) for path in chosen]
-    out = _joined([f"--out={parent / 'comparison'}"])
-    made["compare"] = " ".join(["python evaluate.py compare", *everything, out])
+    compare = ["python", "evaluate.py", "compare"]
+    if len(others) > 8:
+        every = f"{shlex.quote(str(parent))}/*"
+    else:
+        alike = {path.parent: read_config(path.parent) for path in others if is_run(path.parent)}
+        alike = {path: of for path, of in alike.items() if _short(of["model"]) == _short(status.config["model"])}
+        every = _joined(sorted(alike, key=lambda path: (_has_cycle(alike[path]), path.name)))  # the baseline first
+    made["compare"] = " ".join([_joined(compare), every, _joined([f"--out={parent / 'comparison'}"])])
     for kind in status.kinds:
         part = {"captions": "captioner", "images": "generator"}[kind]
         cls = class_named(status.model[part]["class_path"], (PARTS[part],), part)
@@ -204,6 +205,12 @@ def commands(status: Status) -> dict[str, str]:
                 ["python", "-m", "cyclefit.export", folder, "--format", form, "--out", out]
             )
     return made
+
+
+def relative(folder: Path) -> Path:
+    """A folder's path from the working directory, ending in its name."""
+    folder = folder.resolve()
+    return Path(os.path.relpath(folder.parent)) / folder.name
 
 
 def _joined(words: list) -> str:

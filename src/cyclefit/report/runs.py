@@ -41,7 +41,8 @@ def write_page(
 
 
 def _curve(folder: Path, name: str, runs: dict[str, Metrics]):
-    curves = {run: sorted(metrics[name].items()) for run, metrics in runs.items() if name in metrics}
+    # A run that has not logged it keeps its place, so that a run has one colour in all figures.
+    curves = {run: sorted(metrics.get(name, {}).items()) for run, metrics in runs.items()}
     data = [{"run": run, "step": step, name: value} for run, points in curves.items() for step, value in points]
     stem = f"curve-{figures.slug(name)}"
     draw = partial(learning_curve, name, curves)
@@ -52,6 +53,8 @@ def learning_curve(name: str, curves: dict[str, list[tuple[int, float]]]) -> "Fi
     """A logged value against the step, one line for each run."""
     figure, axes = figures.new_axes(2.4)
     for place, (run, points) in enumerate(curves.items()):
+        if not points:
+            continue
         color, marker = (of[place % len(of)] for of in (figures.PALETTE, figures.MARKERS))
         style = {"marker": marker, "markersize": 3.5} if len(points) <= 30 else {}
         axes.plot(*zip(*points, strict=True), color=color, linewidth=1.3, label=figures.shorten(run), **style)
