@@ -74,11 +74,11 @@ def test_a_terminal_shows_bars():
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory, world):
-    """The folder of a run of train.py in a process whose output is a pipe, and what it said."""
+    """The folder of a run of train.py in two processes whose output is a pipe, and what they said."""
     runs = tmp_path_factory.mktemp("runs")
     small = [x for x in command("miniature_blip.yaml", runs, "run", world) if "enable_progress_bar" not in x]
-    more = ["--trainer.max_steps=6", "--trainer.val_check_interval=3"]
-    result = ended(forked([*small, *more]))
+    more = ["--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null"]
+    result = ended(forked([*small, *more, "--trainer.devices=2", "--trainer.strategy=ddp"], ranks=2))
     assert not result.returncode, result.stdout
     return runs / "run", result.stdout
 
@@ -99,6 +99,35 @@ def test_a_run_writes_lines_into_a_pipe(logged):
     assert (folder / "ended.txt").read_text() == "finished\n"
 
 
+def test_an_evaluation_writes_lines_into_a_pipe(logged, world, tmp_path):
+    folder, _ = logged
+    arguments = ["captions", "--config", "miniature_evaluate.yaml", f"--runs=[{folder}]", f"--out={tmp_path / 'out'}"]
+    shards = json.dumps({split: str(world / split) for split in ("test", "novel")})
+    arguments += [f"--shards={shards}", "--limit=4", "--java=false"]
+    small = ["--num_candidates=2", "--generator.steps=1", "--devices=2", "--batch_size=2"]
+    result = ended(forked([sys.executable, "evaluate.py", *arguments, *small], ranks=2))
+    assert not result.returncode, result.stdout
+    last = [line.split(":")[:2] for line in lines(result.stdout) if "4/4 (100%), " in line and ", took " in line]
+    assert last == [[split, f" {of}"] for split in ("test", "novel") for of in ("references", "base", "run")]
+
+
+def test_packing_writes_lines_into_a_pipe(world, tmp_path):
+    arguments = ["-m", "cyclefit.data", "pack", "img2dataset", "--images", str(world / "test"), "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any(line.startswith("packing: ") and ", took " in line for line in lines(done.stderr))
+
+
+def test_how_a_run_failed_is_written_down(launch, tmp_path):
+    gone = ["--trainer.callbacks+=tests.probes.Remove", "--trainer.callbacks.path=missing"]
+    with pytest.raises(FileNotFoundError):
+        launch("miniature_blip.yaml", "run", *gone, "--trainer.callbacks.step=1")
+    ended = tmp_path / "run" / "ended.txt"
+    assert ended.read_text() == "failed: [Errno 2] No such file or directory: 'missing'\n"
+    launch("miniature_blip.yaml", "run", "--ckpt_path=last")
+    assert ended.read_text() == "finished\n"
+
+
 def test_tensorboard_is_chosen_by_name(tmp_path, launch, monkeypatch):
     for package in ("tensorboard", "tensorboardX"):
         monkeypatch.setitem(sys.modules, package, None)
@@ -116,7 +145,7 @@ def test_tensorboard_has_the_values_the_samples_and_the_configuration(launch):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(name.encode() in written for row in rows for name in row.keys() - {"step", "time", "started", "gpus"})
     assert b"val/samples" in written
-    assert "captioner" in (run / "tensorboard" / "hparams.yaml").read_text()
+    assert b"class_path: cyclefit.models.Blip" in written
     assert not (run / "wandb_id.txt").exists()
 
 

@@ -27,8 +27,9 @@ from cyclefit.report.runs import write_page
 from cyclefit.runs import ENDED, holder, read_checkpoint, read_config, saved
 
 PARTS = {"captioner": Captioner, "generator": Generator, "scorer": Scorer, "held_out": Scorer}
+LEARNERS = {"captions": "captioner", "images": "generator"}
+"""What is finetuned, by what is evaluated of it."""
 KINDS = {"CaptionerFinetune": ["captions"], "GeneratorFinetune": ["images"]}
-"""What is evaluated of a run; of others both."""
 OWN = ("trainable", "label_smoothing", "batch_size", "steps", "guidance_scale", "random_weights")
 """Settings of a run's models that an evaluation has its own values for, beside those of adapters."""
 
@@ -51,7 +52,7 @@ class Status:
     @property
     def name(self) -> str:
         """The folder's."""
-        return self.folder.resolve().name
+        return Path(os.path.abspath(self.folder)).name
 
     @property
     def model(self) -> dict:
@@ -61,7 +62,8 @@ class Status:
     @property
     def kinds(self) -> list[str]:
         """`captions` if it finetunes a captioner, `images` if a generator."""
-        return KINDS.get(_short(self.config["model"]), ["captions", "images"])
+        both = [kind for kind, part in LEARNERS.items() if self.model.get(part)]
+        return KINDS.get(_short(self.config["model"]), both)
 
     @property
     def cycles(self) -> dict[str, dict]:
@@ -196,7 +198,7 @@ def commands(status: Status) -> dict[str, str]:
         every = _joined(sorted(alike, key=lambda path: (_has_cycle(alike[path]), path.name)))  # the baseline first
     made["compare"] = " ".join([_joined(compare), every, _joined([f"--out={parent / 'comparison'}"])])
     for kind in status.kinds:
-        part = {"captions": "captioner", "images": "generator"}[kind]
+        part = LEARNERS[kind]
         cls = class_named(status.model[part]["class_path"], (PARTS[part],), part)
         formats = getattr(cls, "formats", {})
         for form, suffix in (formats if isinstance(formats, Mapping) else {"diffusers": ""}).items():
@@ -209,7 +211,7 @@ def commands(status: Status) -> dict[str, str]:
 
 def relative(folder: Path) -> Path:
     """A folder's path from the working directory, ending in its name."""
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))
     return Path(os.path.relpath(folder.parent)) / folder.name
 
 
@@ -283,7 +285,7 @@ def line(status: Status) -> dict[str, str]:
     """A run as a row of a table."""
     return {
         "run": status.name,
-        "finetunes": " and ".join({"captions": "captioner", "images": "generator"}[kind] for kind in status.kinds),
+        "finetunes": " and ".join(LEARNERS[kind] for kind in status.kinds),
         "cycle": "; ".join(map(_words, status.cycles.values())) or "none",
         "progress": status.progress,
         "state": status.state[:80],
@@ -316,7 +318,9 @@ def main(arguments: list[str]) -> int:
         one = statuses[0] if len(statuses) == 1 else None
         known, made = (facts(one), commands(one)) if one else ({}, {})
         curves = {status.name: status.metrics for status in statuses}
-        write_page(page, folder.resolve().name, known, made, [] if one else list(map(line, statuses)), curves)
+        write_page(
+            page, Path(os.path.abspath(folder)).name, known, made, [] if one else list(map(line, statuses)), curves
+        )
         print(f"page: {page}")
     return 0
 

@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
@@ -24,8 +24,8 @@ from cyclefit.train.loggers import JsonlLogger
 class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` to the run's folder, logs the configuration, and records how the run ended, on rank 0 only.
 
-    The folder is written to from the first optimizer step on, so that a start that fails does not change an earlier
-    run. `ended.txt` is there unless the run is in progress or was killed.
+    The file and W&B's run id are written just before the first optimizer step, so that a start that fails does not
+    change an earlier run. From then on `ended.txt` is absent until the run ends, and still if it is killed.
     """
 
     written = False
@@ -40,8 +40,6 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 (folder / "wandb_id.txt").write_text(logger._wandb_init["id"] + "\n")
-            else:
-                logger.log_hyperparams(json.loads(self._dumped(folder, "json")))
         (folder / ENDED).unlink(missing_ok=True)
         self.written = True
 
@@ -66,6 +64,11 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
+            elif isinstance(logger, TensorBoardLogger):
+                text = self._dumped(Path(trainer.default_root_dir), "yaml")
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+            else:
+                logger.log_hyperparams(json.loads(config))
 
     def _dumped(self, folder: Path, form: str) -> str:
         with written_from(folder):
