@@ -315,12 +315,11 @@ def main(arguments: list[str]) -> int:
     if options.html:
         page = folder / "index.html"
         check_out_file(page, is_page, "page written by this command")
-        one = statuses[0] if len(statuses) == 1 else None
-        known, made = (facts(one), commands(one)) if one else ({}, {})
-        curves = {status.name: status.metrics for status in statuses}
-        write_page(
-            page, Path(os.path.abspath(folder)).name, known, made, [] if one else list(map(line, statuses)), curves
-        )
+        title, curves = Path(os.path.abspath(folder)).name, {status.name: status.metrics for status in statuses}
+        if len(statuses) == 1:
+            write_page(page, title, facts(statuses[0]), commands(statuses[0]), [], curves)
+        else:
+            write_page(page, title, {}, {}, list(map(line, statuses)), curves)
         print(f"page: {page}")
     return 0
 
