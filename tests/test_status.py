@@ -128,7 +128,11 @@ def test_several_runs_take_a_line_each(runs, capsys):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("notes", "is neither a run nor a folder of runs: name a folder that"), ("missing", "is not a folder: name a")],
+    [
+        ("notes", "is neither a run nor a folder of runs: name a folder that"),
+        ("missing", "is not a folder: name a"),
+        ("plain/config.yaml", "is not a folder: name a"),
+    ],
 )
 def test_no_run_is_one_sentence(runs, name, sentence):
     with pytest.raises(UserError, match=sentence) as caught:

@@ -81,17 +81,16 @@ def hold(folder: Path, option: str) -> Iterator[None]:
 def holder(folder: Path) -> str | None:
     """Which process holds a folder, `process 12 on HOST since ...`; None if none does. Changes nothing."""
     try:
-        with (folder / ".lock").open() as file:
-            said = file.read().strip() or "another process"
-            with suppress(ImportError):
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None  # a killed process has left the file
-    except FileNotFoundError:
+        file = (folder / ".lock").open()
+    except OSError:
         return None
-    except OSError:  # locked, or a file system without locks
-        pass
+    with file:
+        said = file.read().strip() or "another process"
+        with suppress(ImportError, OSError):  # not on Windows; locked, or a file system without locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None  # a killed process has left the file
     return said
 
 
