@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cyclefit.data import evaluation_batches
 from cyclefit.metrics.captions import References
@@ -28,6 +27,7 @@ from cyclefit.metrics.statistics import seed_interval, seed_ratio_interval
 from cyclefit.miniature import WEIGHTS
 from cyclefit.models import Decoding, OpenClip
 from cyclefit.models.pretrained import freeze
+from cyclefit.progress import progress_bar
 from cyclefit.records import IMAGE_TEXT, LOG_DENOISING
 from cyclefit.rerank import sample_seed
 from cyclefit.runs import load_run
@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 
 JUDGES = {"DPO, log denoising": LOG_DENOISING, "DPO, image-text": IMAGE_TEXT}
 """Who chooses the pairs of a variant that learns from pairs."""
+ENVIRONMENT = {**os.environ, "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
 OVERLAYS: dict[str, tuple[list[str], list[str]]] = {
     # name of a pair: configs read after those of the variants, in training and in evaluation
     "first": ([], []),
@@ -83,7 +84,7 @@ def train_run(folder: Path, name: str, config: str, overrides: list[str], seed: 
     command += [f"--seed_everything={seed}", f"--model.seed={seed}", f"--data.seed={seed}", "--group=study"]
     command += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     command += ["--ckpt_path", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": os.environ.get("WANDB_MODE", "disabled")}
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
         _, status, used = os.wait4(process.pid, 0)
@@ -102,7 +103,7 @@ def evaluate(
     """`evaluate.py DIRECTION` of runs and the base model with `number` candidates."""
     command = [sys.executable, "evaluate.py", direction, *config, f"--runs={[str(run) for run in runs]}"]
     command += [f"--shards={json.dumps({split: str(path) for split, path in shards.items()})}"]
-    subprocess.run([*command, f"--num_candidates={number}", "--out", str(out)], check=True)
+    subprocess.run([*command, f"--num_candidates={number}", "--out", str(out)], check=True, env=ENVIRONMENT)
     return out
 
 
@@ -128,8 +129,7 @@ def slug(variant: str) -> str:
 
 def together(jobs: list, title: str) -> list:
     """Runs functions without arguments side by side, one per core, behind a progress bar."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, TimeRemainingColumn()) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress_bar() as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         task = progress.add_task(title, total=len(jobs))
         futures = [pool.submit(job) for job in jobs]
         for future in futures:

@@ -150,6 +150,7 @@ def test_sigterm_saves_and_ends(ranks, tmp_path, world):
     os.kill(process.pid, signal.SIGTERM)
     done = ended(process)
     assert done.returncode == 128 + signal.SIGTERM, done.stdout[-3000:]
+    assert (tmp_path / "run" / "ended.txt").read_text() == "stopped by SIGTERM\n"
     step = int(re.search(r"stopped at step (\d+), saved", done.stdout)[1])
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == step >= 1

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "cyclefit"
 LAYERS = [
-    {"batch", "files", "config", "digests", "hub"},
+    {"batch", "files", "config", "digests", "hub", "progress"},
     {"models", "records"},
     {"metrics"},
     {"data"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"train"},
     {"evaluate", "miniature", "card"},
     {"export"},
+    {"status"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -170,7 +170,7 @@ def _line(error: BaseException) -> str:
 def main(arguments: list[str]) -> int:
     """The command `cyclefit export`; its options are below."""
     parser = argparse.ArgumentParser(
-        prog="cyclefit export", description="Exports the trained weights of a run for other software, with a model card."
+        prog="cyclefit export", description="Exports the trained weights of a run, with a model card."
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument(

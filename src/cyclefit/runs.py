@@ -25,6 +25,9 @@ from cyclefit.models import Captioner, Generator
 
 Which = Literal["captioner", "generator"]
 
+ENDED = "ended.txt"
+"""The file of a run that says how it ended: finished, stopped by a signal, or failed and why."""
+
 log = logging.getLogger(__name__)
 
 READABLE = {"state_dict": dict, "global_step": int}
@@ -80,6 +83,22 @@ def hold(folder: Path, option: str) -> Iterator[None]:
         with suppress(OSError):  # a folder in which nothing was written goes again
             for folder in made:
                 folder.rmdir()
+
+
+def holder(folder: Path) -> str | None:
+    """Which process holds a folder, `process 12 on HOST since ...`; None if none does. Changes nothing."""
+    try:
+        file = (folder / ".lock").open()
+    except OSError:
+        return None
+    with file:
+        said = file.read().strip() or "another process"
+        with suppress(ImportError, OSError):  # not on Windows; locked, or a file system without locks
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None  # a killed process has left the file
+    return said
 
 
 def write_checkpoint(checkpoint: dict, path: Path) -> None:

@@ -6,10 +6,10 @@ from functools import cache
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cyclefit.miniature import scenes
+from cyclefit.progress import progress_bar
 from studies.pretrain.vocabularies import CONTEXT_LENGTH
 
 PAIRS = {
@@ -80,14 +80,8 @@ def train(
         optimizer,
         lambda k: min((k + 1) / (0.04 * steps), 0.02 + 0.98 * (1 + math.cos(math.pi * k / steps)) / 2),
     )
-    columns = [
-        TextColumn("{task.description:>14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-    ]
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), refresh_per_second=2) as progress:
-        task = progress.add_task(name, total=steps, loss="")
+    with progress_bar() as progress:
+        task = progress.add_task(name, total=steps)
         mean = None
         for _ in range(steps):
             value = loss()
@@ -98,7 +92,7 @@ def train(
             optimizer.zero_grad()
             after()
             mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
-            progress.update(task, advance=1, loss=f"{mean:.4f}")
+            progress.update(task, advance=1, description=f"{name}, loss {mean:.4f}")
 
 
 def batches(images: Tensor, size: int, seed: int) -> Callable[[], tuple[Tensor, Tensor]]:

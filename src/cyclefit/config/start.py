@@ -27,6 +27,7 @@ OPTIONS = {
     "runs": "folder of all runs",
     "ckpt_path": "continue from `last`, `auto` (last, if any) or a file",
     "group": "W&B group of the run",
+    "logger": "where the run logs, beside metrics.jsonl in its folder; `trainer.logger` replaces it",
     "dry_run": "print memory and time of a training step, without downloading weights or training",
 }
 """Options of training that are no settings of its objects."""

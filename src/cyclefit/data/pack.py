@@ -13,10 +13,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from cyclefit.files import atomic, sha256_of, write_atomic
+from cyclefit.progress import progress_bar
 
 from .samples import FORMATS, BadSample, opened
 from .tars import read_tar
@@ -96,7 +95,7 @@ def write_shards(
         leftover.unlink()
 
     shards, skipped = [*packed.shards], []
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+    with progress_bar(stderr=True) as bar:
         tracked = bar.track(samples, total, description="packing")
         files = _files(tracked, packed, skipped, without_captions)
         while first := next(files, None):

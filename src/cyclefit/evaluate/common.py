@@ -6,16 +6,16 @@ import json
 import os
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from cyclefit import UserError, records
@@ -191,11 +191,6 @@ def _whole_samples(path: Path) -> list[records.Candidate]:
     return [one for one in candidates if counts[one.model, one.key] == one.of]
 
 
-def progress_bar(rank: int) -> Progress:
-    """A bar that the first rank shows."""
-    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), disable=bool(rank))
-
-
 def save_sources(folder: Path, batch, side: int | None = None) -> None:
     """Saves the images of a batch that are not there yet as `KEY.png`; see `save_image`."""
     for key, image in zip(batch.keys, batch.images, strict=True):
@@ -217,11 +212,45 @@ def save_image(image: torch.Tensor, path: Path, side: int | None = None, **texts
         picture.save(partial, "PNG", pnginfo=about)
 
 
-def log_tables(tables: dict[str, list[dict]], folder: Path, summary: dict | None = None, **settings) -> None:
-    """Logs tables, the figures of a folder and a summary to W&B as a run of its own, unless W&B is disabled.
+def log_tables(
+    tables: dict[str, list[dict]], folder: Path, summary: dict | None = None, configs: Sequence[dict] = (), **settings
+) -> None:
+    """Logs tables, the figures of a folder and a summary where the runs of `configs` log; to W&B if there are none.
 
-    `settings` are those of `wandb.init`.
+    In W&B they are a run of their own, with `settings` of `wandb.init`; TensorBoard's are in `tensorboard/` in the
+    folder. Nothing is logged to W&B if it is disabled.
     """
+    from cyclefit.train.loggers import check_logger
+
+    with_loggers = [config for config in configs if config.get("trainer", {}).get("logger") in (None, True)]
+    chosen = {config.get("logger", "wandb") for config in with_loggers} if configs else {"wandb"}
+    if chosen & {"tensorboard", "both"}:
+        try:
+            check_logger("tensorboard")
+            _to_tensorboard(tables, folder, summary or {})
+        except UserError as error:
+            print(f"not logged to TensorBoard: {error}")
+    if chosen & {"wandb", "both"}:
+        _to_wandb(tables, folder, summary or {}, settings)
+
+
+def _to_tensorboard(tables: dict[str, list[dict]], folder: Path, summary: dict) -> None:
+    from cyclefit.train.loggers import tensorboard_logger
+
+    logger = tensorboard_logger(folder)
+    for name, rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        cells = [columns, ["---"] * len(columns), *([row.get(column, "") for column in columns] for row in rows)]
+        logger.experiment.add_text(name, "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells))
+    for path in sorted((folder / "figures").glob("*.png")):
+        with Image.open(path) as figure:
+            pixels = np.asarray(figure.convert("RGB"))
+        logger.experiment.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
+    logger.log_metrics({name: value for name, value in summary.items() if value is not None}, step=0)
+    logger.finalize("success")
+
+
+def _to_wandb(tables: dict[str, list[dict]], folder: Path, summary: dict, settings: dict) -> None:
     import wandb
 
     from cyclefit.train.loggers import wandb_mode
@@ -244,7 +273,7 @@ def log_tables(tables: dict[str, list[dict]], folder: Path, summary: dict | None
             run.log({name: wandb.Table(columns=columns, data=data, allow_mixed_types=True)})
         for path in sorted((folder / "figures").glob("*.png")):
             run.log({f"figures/{path.stem}": wandb.Image(str(path))})
-        run.summary.update(summary or {})
+        run.summary.update(summary)
 
 
 def machine() -> str:

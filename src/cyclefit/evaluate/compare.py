@@ -36,7 +36,7 @@ from cyclefit.report.tables import COSTS, estimates, known, reading, write_csv
 from cyclefit.runs import read_config, read_run
 
 # Settings that say what a run is called, where it is or how it was launched, not what it trained.
-NAMING = ("name", "group", "runs", "ckpt_path", "trainer.default_root_dir")
+NAMING = ("name", "group", "logger", "runs", "ckpt_path", "trainer.default_root_dir")
 SEEDS = ("seed_everything", "model.seed", "data.seed")
 PRINTED = (TRUTH, COVERAGE, *FALSE.values(), "CIDEr")
 """Metrics whose differences are printed."""
@@ -74,7 +74,7 @@ def compare(
     """Compares runs, `compare runs/A runs/B ...`: settings, cost, quality, and differences with intervals.
 
     Writes `comparison.json`, `comparison.csv`, `differences.csv`, figures and `comparison.html` into `out`, and the
-    same to W&B. Runs that are unfinished or broken are named.
+    same where the runs log. Runs that are unfinished or broken are named.
 
     Args:
         runs: folders of runs; all differences are from the first one.
@@ -331,12 +331,13 @@ def _print(runs: list[dict], entries: list[Entry], left_out: list[str]) -> None:
 
 
 def _log(tables: dict[str, list[dict]], folder: Path, group: str | None, runs: list[Run]) -> None:
-    """The tables and figures as a W&B run of its own, which names the runs compared."""
+    """The tables and figures where the runs log; in W&B as a run of its own, which names the runs compared."""
     ids = {run.name: run.folder / "wandb_id.txt" for run in runs}
     log_tables(
         dict(zip(("runs", "differences"), tables.values(), strict=True)),
         folder,
         {f"{row['run']}/{k}": v for row in tables["comparison"] for k, v in row.items() if isinstance(v, int | float)},
+        [run.config for run in runs],
         group=group,
         job_type="comparison",
         tags=["comparison", *(name[:64] for name in ids)],

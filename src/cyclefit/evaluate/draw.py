@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
 from cyclefit import UserError
 from cyclefit.config.paths import Folder
@@ -14,6 +13,7 @@ from cyclefit.evaluate.common import load_models, save_image
 from cyclefit.files import check_out_folder, sha256_of, write_atomic
 from cyclefit.models import Generator
 from cyclefit.models.pretrained import freeze
+from cyclefit.progress import track
 from cyclefit.records import write_json
 from cyclefit.rerank import sample_seed
 from cyclefit.runs import hold

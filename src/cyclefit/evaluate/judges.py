@@ -20,11 +20,12 @@ from cyclefit.config.ranges import Count, Seed
 from cyclefit.config.start import command_line
 from cyclefit.data.hard_negatives import Benchmark, Example, load_image
 from cyclefit.digests import digest
-from cyclefit.evaluate.common import CandidateFile, launch, machine, progress_bar
+from cyclefit.evaluate.common import CandidateFile, launch, machine
 from cyclefit.judges import ImageText, Judge, Partners, Sum, check_complete, check_judge
 from cyclefit.metrics.statistics import bootstrap_interval
 from cyclefit.models import Captioner, Generator, Scorer
 from cyclefit.models.pretrained import freeze
+from cyclefit.progress import progress_bar
 from cyclefit.records import Candidate, Estimate, Row, Settings
 from cyclefit.report.judges import Trial, write_trials
 from cyclefit.report.tables import COSTS

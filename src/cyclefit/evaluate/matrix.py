@@ -102,6 +102,7 @@ class Matrix:
         self.captioners = {name: Member(load) for name, load in captioners.items()}
         self.generators = {name: Member(load) for name, load in generators.items()}
         self.scorers = {name: Member(load) for name, load in scorers.items()}
+        self.configs: list[dict] = []
         self._add_runs(runs or [], checkpoint)
         for what in ("captioners", "generators", "scorers"):
             check_names(getattr(self, what), f"{what}: the name")
@@ -116,7 +117,8 @@ class Matrix:
 
     def _add_runs(self, runs: list[str], checkpoint: str) -> None:
         for run in runs:
-            _, trained = read_run(Path(run), checkpoint)
+            config, trained = read_run(Path(run), checkpoint)
+            self.configs.append(config)
             name = Path(os.path.abspath(run)).name
             for which, members in (("captioner", self.captioners), ("generator", self.generators)):
                 if any(parameter.startswith(f"{which}.") for parameter in trained):
@@ -195,7 +197,7 @@ class Matrix:
         path = page.write_page(self.folder, results, shown)
         print_tables(results)
         tables = {f"matrix/{split}": page.table(of) for split, of in results.splits.items()}
-        log_tables(tables, self.folder, job_type="matrix", config=results.metadata)
+        log_tables(tables, self.folder, configs=self.configs, job_type="matrix", config=results.metadata)
         print(f"report: {path}")
 
 

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from cyclefit.digests import digest
-from cyclefit.evaluate.common import progress_bar, save_image
+from cyclefit.evaluate.common import save_image
 from cyclefit.files import safe_name
 from cyclefit.metrics.reader import SceneReader
 from cyclefit.models import Decoding
 from cyclefit.models.pretrained import Adapter, freeze
+from cyclefit.progress import progress_bar
 from cyclefit.rerank import sample_seed
 
 Of = tuple[str, ...]

@@ -19,9 +19,9 @@ from cyclefit.evaluate.common import (
     describe_models,
     launch,
     load_models,
+    log_tables,
     machine,
     print_results,
-    progress_bar,
     save_sources,
 )
 from cyclefit.evaluate.hacking import rewarding
@@ -31,8 +31,10 @@ from cyclefit.judges import check_judge, place
 from cyclefit.metrics.captions import describe
 from cyclefit.models import Captioner, Generator
 from cyclefit.models.pretrained import Adapter, freeze
+from cyclefit.progress import progress_bar
 from cyclefit.records import IMAGE_TEXT, Candidate, Evaluation, Settings, write_evaluation, write_json
 from cyclefit.report import write_report
+from cyclefit.report.tables import main_table
 from cyclefit.rerank import with_others
 
 
@@ -100,7 +102,20 @@ def run(evaluation: Evaluate) -> int:
     report = write_report(evaluation.folder)
     print_results(found, evaluation.columns)
     print(f"report: {report}")
+    _log(evaluation, found, [config for _, config in models.values() if config])
     return 0
+
+
+def _log(evaluation: Evaluate, found: Evaluation, configs: list[dict]) -> None:
+    """The tables and figures where the runs log."""
+    values = {
+        f"{split}/{row.name}/{metric}": estimate.value
+        for split, results in found.splits.items()
+        for row in results.rows
+        for metric, estimate in row.metrics.items()
+    }
+    tables = {f"{evaluation.kind}/{split}": main_table(results.rows) for split, results in found.splits.items()}
+    log_tables(tables, evaluation.folder, values, configs, job_type="evaluation", config=found.metadata)
 
 
 def _to_device(evaluation: Evaluate, model: Adapter, half: bool = True) -> None:

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from cyclefit import UserError
@@ -26,6 +25,7 @@ from cyclefit.metrics.objects import objects_by_image
 from cyclefit.metrics.questions import Asking, read_image
 from cyclefit.metrics.tokenizer import tokenize
 from cyclefit.models import Captioner, Scorer
+from cyclefit.progress import track
 from cyclefit.report.tables import is_percentage
 
 

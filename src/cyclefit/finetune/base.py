@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from typing_extensions import override
@@ -269,7 +270,7 @@ class Finetune(L.LightningModule, ABC):
         self.save_grid()
 
     def save_grid(self) -> None:
-        """Saves this validation's samples as one image, on disk and in W&B, and clears them."""
+        """Saves this validation's samples as one image, on disk and with the loggers, and clears them."""
         samples, self.samples = self.samples, []
         if not samples or not self.trainer.is_global_zero or self.trainer.sanity_checking:
             return
@@ -280,3 +281,5 @@ class Finetune(L.LightningModule, ABC):
         for logger in self.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image("val/samples", [grid], caption=[f"step {self.global_step}"])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("val/samples", np.asarray(grid), self.global_step, dataformats="HWC")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
-from rich.progress import track
 from torch import Tensor, nn
 
 from cyclefit import UserError
+from cyclefit.progress import track
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 

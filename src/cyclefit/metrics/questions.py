@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,6 +18,7 @@ from cyclefit.config.ranges import Count, checked
 from cyclefit.metrics.metric import Metric
 from cyclefit.models import Captioner, Features
 from cyclefit.models.pretrained import freeze
+from cyclefit.progress import track
 
 VQASCORE = 'Does this figure show "{}"? Please answer yes or no.'
 """The question of VQAScore, as published; `{}` is the text."""

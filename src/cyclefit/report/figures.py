@@ -210,27 +210,29 @@ def score_bins(scores: np.ndarray, values: np.ndarray, most: int = 8) -> list[tu
 # ---- drawing
 
 
-def _axes(height: float) -> tuple["Figure", "Axes"]:
+def new_axes(height: float) -> tuple["Figure", "Axes"]:
+    """A figure of the page's width and a height in inches, with its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _shorten(name: str, length: int = 24) -> str:
+def shorten(name: str, length: int = 24) -> str:
+    """A name cut to a length."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def comparison(rows: list[Row], metric: str, models: dict[str, Model]) -> "Figure":
     """One dot with its interval per row, grouped by model; the oracle is hollow because it reads the references."""
     positions, labels, y = [], [], 0.0
-    figure, axes = _axes(0.55 + 0.165 * (len(rows) + 1.3 * len({row.model for row in rows})))
+    figure, axes = new_axes(0.55 + 0.165 * (len(rows) + 1.3 * len({row.model for row in rows})))
     for name, model in models.items():
         group = [row for row in rows if row.model == name]
         if not group:
             continue
         positions.append(y)
-        labels.append((_shorten(name), True))
+        labels.append((shorten(name), True))
         for row in group:
             y += 1
             entry = row.metrics[metric]
@@ -240,7 +242,7 @@ def comparison(rows: list[Row], metric: str, models: dict[str, Model]) -> "Figur
             style = {"markersize": 5, "markeredgewidth": 1.2, "markeredgecolor": color(model), "markerfacecolor": face}
             axes.plot([entry.value], [y], marker(model), **style)
             positions.append(y)
-            labels.append((_shorten(", ".join(filter(None, (row.decoding, row.selection))), 30), False))
+            labels.append((shorten(", ".join(filter(None, (row.decoding, row.selection))), 30), False))
         y += 1.3
     axes.set_yticks(positions, [label for label, _ in labels])
     for tick, (_, heading) in zip(axes.get_yticklabels(), labels, strict=True):
@@ -259,7 +261,7 @@ def rank_curves(curves: list[Curve], rows: list[Row], models: dict[str, Model]) 
     """Quality against reconstruction rank, arXiv 2212.12249 Figure 3: rank 1 is the candidate that is kept."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _axes(2.9)
+    figure, axes = new_axes(2.9)
     metric, selection = curves[0].metric, curves[0].selection
     for curve in curves:
         points = [point for point in curve.values if point.value is not None]
@@ -272,7 +274,7 @@ def rank_curves(curves: list[Curve], rows: list[Row], models: dict[str, Model]) 
         axes.fill_between(rank, [p.low for p in points], [p.high for p in points], alpha=0.16, **band)
         if len(curves) == 1:
             axes.fill_between(rank, [p.q1 for p in points], [p.q3 for p in points], alpha=0.09, **band)
-        axes.plot(rank, value, marker(model) + "-", markersize=4, label=_shorten(curve.model), **style)
+        axes.plot(rank, value, marker(model) + "-", markersize=4, label=shorten(curve.model), **style)
         axes.axhline(_single(rows, curve.model, metric), linestyle=(0, (4, 3)), alpha=0.8, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
@@ -292,7 +294,7 @@ def count_curves(curves: list[Curve]) -> "Figure":
     """The best of n against n, one line for each judge; the oracle is dashed."""
     from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-    figure, axes = _axes(2.9)
+    figure, axes = new_axes(2.9)
     for place, curve in enumerate(curves):
         points = [point for point in curve.values if point.value is not None]
         counts = [point.n for point in points]
@@ -301,7 +303,7 @@ def count_curves(curves: list[Curve]) -> "Figure":
         line = "--" if bound else MARKERS[place % len(MARKERS)] + "-"
         low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(counts, low, high, color=shade, alpha=0.12, linewidth=0)
-        style = {"color": shade, "linewidth": 1.3, "markersize": 4, "label": _shorten(curve.selection, 30)}
+        style = {"color": shade, "linewidth": 1.3, "markersize": 4, "label": shorten(curve.selection, 30)}
         axes.plot(counts, [point.value for point in points], line, **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -319,7 +321,7 @@ def score_boxes(
     bins: list[tuple[float, np.ndarray]], score: str, metric: str, name: str, model: Model, top: float
 ) -> "Figure":
     """Quality in bins of the score, arXiv 2212.12249 Figure 4: quartiles, 5th and 95th percentile, mean."""
-    figure, axes = _axes(2.7)
+    figure, axes = new_axes(2.7)
     at = np.arange(1, len(bins) + 1)
     values = [value for _, value in bins]
     line = {"color": color(model), "linewidth": 1}
@@ -339,7 +341,7 @@ def score_boxes(
     axes.set_xticks(at, [f"{center:.3g}" for center, _ in bins])
     axes.grid(axis="x", visible=False)
     axes.set_ylim(min(0, *(float(value.min()) for value in values)), top)
-    axes.set_title(_shorten(name, 30))
+    axes.set_title(shorten(name, 30))
     axes.set_xlabel(SCORES.get(score, score))
     axes.set_ylabel(metric)
     return figure

@@ -136,15 +136,20 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         table.writerows(rows)
 
 
-def write_tables(folder: Path, split: str, content: Split) -> None:
-    """The tables of a split as CSV: the main one, and the analyses of which there are any."""
-    metrics, main = metric_names(content.rows), []
-    for row in content.rows:
+def main_table(rows: list[Row]) -> list[dict]:
+    """The rows of a split as flat ones, with all metrics in each."""
+    metrics, main = metric_names(rows), []
+    for row in rows:
         cells = {"model": row.model, "decoding": row.decoding, "selection": row.selection}
         cells |= estimates({metric: row.metrics.get(metric, Estimate(None)) for metric in metrics})
         main.append(cells | {name: getattr(row, name) for name in COSTS})
+    return main
+
+
+def write_tables(folder: Path, split: str, content: Split) -> None:
+    """The tables of a split as CSV: the main one, and the analyses of which there are any."""
     tables = {
-        "table": main,
+        "table": main_table(content.rows),
         "differences": [known(row) for row in content.differences],
         "gains": [known(row) for row in content.gains],
         "trends": [about(curve) | known(curve.trend) for curve in content.rank_curves if curve.trend],

@@ -1,31 +1,34 @@
-"""Callbacks of a run: save its configuration, count its time, stop it on signals."""
+"""Callbacks of a run: save its configuration and how it ended, count its time, write lines, stop it on signals."""
 
 import json
 import shlex
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from cyclefit.config.paths import written_from
 from cyclefit.files import write_atomic
-from cyclefit.runs import versions
+from cyclefit.progress import EVERY, FIRST, duration, in_words, standing, write_line
+from cyclefit.runs import ENDED, versions
+from cyclefit.train.loggers import JsonlLogger
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes `config.yaml` to the run's folder and logs the configuration to W&B, on rank 0 only.
+    """Writes `config.yaml` to the run's folder, logs the configuration, and records how the run ended, on rank 0 only.
 
     The comments at the head of the file are the command and the versions of the libraries.
     The file and W&B's run id are written just before the first optimizer step, so that a start that fails does not
-    change an earlier run.
+    change an earlier run. From then on `ended.txt` is absent until the run ends, and still if it is killed.
     """
 
     written = False
@@ -41,7 +44,23 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 (folder / "wandb_id.txt").write_text(logger._wandb_init["id"] + "\n")
+        (folder / ENDED).unlink(missing_ok=True)
         self.written = True
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stop = next((x.received for x in trainer.callbacks if isinstance(x, StopOnSignal)), 0)
+        self._end(trainer, f"stopped by {signal.Signals(stop).name}" if stop else "finished")
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        interrupted = isinstance(exception, KeyboardInterrupt)
+        self._end(trainer, "stopped by SIGINT" if interrupted else f"failed: {' '.join(str(exception).split())}")
+
+    def _end(self, trainer: L.Trainer, how: str) -> None:
+        if self.written:
+            with suppress(OSError):  # such as a full disk, which may be why it has failed
+                write_atomic(Path(trainer.default_root_dir) / ENDED, f"{how}\n")
 
     @override
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -49,6 +68,11 @@ class SaveRunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(json.loads(config), allow_val_change=True)
+            elif isinstance(logger, TensorBoardLogger):
+                text = self._dumped(Path(trainer.default_root_dir), "yaml")
+                logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+            else:
+                logger.log_hyperparams(json.loads(config))
 
     def _dumped(self, folder: Path, form: str) -> str:
         with written_from(folder):
@@ -75,6 +99,70 @@ class TrainSeconds(Callback):
     @override
     def load_state_dict(self, state_dict: dict) -> None:
         self.before = state_dict["seconds"]
+
+
+class ProgressLines(ProgressBar):
+    """Writes how far the run is in lines, for an output that is no terminal, such as a job's log; on rank 0 only.
+
+    The first line comes `progress.FIRST` seconds after the start, further ones every `progress.EVERY` seconds, after a
+    validation and at the end. Losses are those that `JsonlLogger` wrote last, so no step waits for the device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._enabled = True
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._began = self._paused = time.monotonic()
+        self._first, self._validated, self._due = trainer.global_step, 0.0, self._began + FIRST
+
+    @override
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch, batch_idx) -> None:
+        if time.monotonic() >= self._due:
+            self._write(self._logged("train/"))
+
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._paused = time.monotonic()
+
+    @override
+    def on_validation_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if not trainer.sanity_checking and time.monotonic() >= self._due:
+            done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.processed
+            self._write(f"validating, {done} batches of it done")
+
+    @override
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            took = time.monotonic() - self._paused
+            self._validated += took
+            self._write(f"validated in {duration(took)}: {self._logged('val/')}")
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(f"took {duration(time.monotonic() - self._began)}; {self._logged('train/')}")
+
+    def _logged(self, prefix: str) -> str:
+        last = next((logger.last for logger in self.trainer.loggers if isinstance(logger, JsonlLogger)), {})
+        return in_words({k.removeprefix(prefix): value for k, value in last.items() if k.startswith(prefix)})
+
+    def _write(self, more: str) -> None:
+        now, step, total = time.monotonic(), self.trainer.global_step, self.trainer.max_steps
+        done, trained = step - self._first, now - self._began - self._validated
+        self._due = now + EVERY
+        if self._enabled:
+            left = (total - step) * (now - self._began) / done if done else None  # with the validations
+            where = standing(step, total if total > 0 else None, done / trained if trained > 0 else None, left)
+            write_line("; ".join(filter(None, (f"step {where}", more))))
 
 
 class StopOnSignal(Callback):

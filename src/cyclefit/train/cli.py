@@ -24,8 +24,9 @@ from cyclefit.config.start import OPTIONS, resolve_configs
 from cyclefit.data import ShardData, check_shards
 from cyclefit.files import check_name
 from cyclefit.finetune import Finetune
+from cyclefit.progress import on_terminal
 from cyclefit.runs import RESUMABLE, has_trained, hold, newest, read_checkpoint, saved
-from cyclefit.train.callbacks import SaveRunConfig, StopOnSignal, TrainSeconds
+from cyclefit.train.callbacks import ProgressLines, SaveRunConfig, StopOnSignal, TrainSeconds
 from cyclefit.train.checkpoints import (
     FitWithLastValidation,
     LastCheckpoint,
@@ -33,7 +34,7 @@ from cyclefit.train.checkpoints import (
     WholeCheckpoints,
     continuation,
 )
-from cyclefit.train.loggers import JsonlLogger, wandb_logger
+from cyclefit.train.loggers import Choice, JsonlLogger, check_logger, chosen_loggers
 
 # What `auto` means on several devices: a rank that waits this long for another one gives up with an error; buffers are
 # constants of the models and are not sent in every step.
@@ -49,7 +50,7 @@ StrategyRegistry.register(
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with `--name`, `--runs`, `--ckpt_path`, `--group` and `--dry_run`.
+    """LightningCLI with `--name`, `--runs`, `--ckpt_path`, `--group`, `--logger` and `--dry_run`.
 
     `held` keeps the lock on the run's folder until it is closed.
     """
@@ -64,6 +65,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs", type=Folder, default="runs", help=OPTIONS["runs"])
         parser.add_argument("--ckpt_path", type=NameOrPath | None, help=OPTIONS["ckpt_path"])
         parser.add_argument("--group", type=str | None, help=OPTIONS["group"])
+        parser.add_argument("--logger", type=Choice, default="wandb", help=OPTIONS["logger"])
         parser.add_argument("--dry_run", type=bool, nargs="?", const=True, default=False, help=OPTIONS["dry_run"])
 
     @override
@@ -85,6 +87,8 @@ class RunCLI(LightningCLI):
         self.folder = Path(config.runs) / config.name
         if config.dry_run:
             return
+        if config.trainer.logger in (None, True):
+            check_logger(config.logger)
         if rank_zero_only.rank == LightningEnvironment().node_rank() == 0:  # one process of a launch
             self.held.enter_context(hold(self.folder, "--name or --runs"))
         self.ckpt_path = self._checkpoint(config.ckpt_path)
@@ -128,19 +132,18 @@ class RunCLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
-        settings = self.config.trainer
-        if settings.logger in (None, True):
-            kwargs["logger"] = [
-                JsonlLogger(self.folder),
-                wandb_logger(self.folder, self.config.name, self.config.group),
-            ]
+        settings, logger = self.config.trainer, self.config_init.trainer.logger
+        if logger in (None, True):
+            logger = chosen_loggers(self.config.logger, self.folder, self.config.name, self.config.group)
+        if logger is not False:
+            kwargs["logger"] = [JsonlLogger(self.folder), *(logger if isinstance(logger, list) else [logger])]
         self.stop = StopOnSignal()
         checkpoints, monitor = self.folder / "checkpoints", self.model.monitor
         best = RunCheckpoint(checkpoints, "best", monitor=monitor, mode="max", enable_version_counter=False)
         last = LastCheckpoint(checkpoints, "last", enable_version_counter=False)
         callbacks = [self.stop, TrainSeconds(), *([best, last] if monitor else [last])]
         if settings.enable_progress_bar in (None, True):
-            callbacks.append(RichProgressBar())
+            callbacks.append(RichProgressBar() if on_terminal() else ProgressLines())
         self.trainer_defaults["callbacks"] = callbacks
         kwargs["plugins"] = [WholeCheckpoints(), *(settings.plugins or [])]
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():

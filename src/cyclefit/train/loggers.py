@@ -1,17 +1,23 @@
-"""The loggers of a run: `metrics.jsonl` in its folder, and W&B."""
+"""The loggers of a run: `metrics.jsonl` in its folder, W&B and TensorBoard."""
 
+import importlib.util
 import itertools
 import json
 import os
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
+from cyclefit import UserError
 from cyclefit.files import write_atomic
+
+Choice = Literal["wandb", "tensorboard", "both"]
+"""Where a run logs, beside `metrics.jsonl`."""
 
 
 class JsonlLogger(Logger):
@@ -28,6 +34,8 @@ class JsonlLogger(Logger):
         self.folder = folder
         self.began: float | None = round(time.time(), 3)
         """When the process started; None once it is written."""
+        self.last: dict[str, float] = {}
+        """The last value of everything logged by this process, by name."""
 
     @property
     def name(self) -> str:
@@ -42,6 +50,7 @@ class JsonlLogger(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.last |= metrics
         path = self.folder / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         row = {"step": step, "time": round(time.time(), 3)}
@@ -73,6 +82,26 @@ def _repeats(line: str, step: int, metrics: dict) -> bool:
         return True
     # A validation has the number of the step before it.
     return row["step"] > step or (row["step"] == step and bool(row.keys() & metrics.keys() - {"epoch"}))
+
+
+def check_logger(choice: Choice) -> None:
+    """Raises UserError if TensorBoard is chosen and neither of the packages that write its files is installed."""
+    if choice != "wandb" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        raise UserError(
+            f"--logger {choice} needs the package tensorboard, which is not installed: run `pip install tensorboard`, "
+            "or choose --logger wandb"
+        )
+
+
+def chosen_loggers(choice: Choice, folder: Path, name: str, group: str | None) -> list[Logger]:
+    """The run's loggers beside `JsonlLogger`."""
+    made = [] if choice == "tensorboard" else [wandb_logger(folder, name, group)]
+    return made if choice == "wandb" else [*made, tensorboard_logger(folder)]
+
+
+def tensorboard_logger(folder: Path) -> TensorBoardLogger:
+    """Writes event files into `tensorboard/` in a folder; those of a continued run are one log."""
+    return TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False)
 
 
 def wandb_logger(folder: Path, name: str, group: str | None) -> WandbLogger:
