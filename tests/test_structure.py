@@ -21,6 +21,7 @@ LAYERS = [
     {"finetune"},
     {"train"},
     {"evaluate", "miniature", "export"},
+    {"app"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 CORE = ("models", "judges", "cycles", "rerank", "finetune", "train")

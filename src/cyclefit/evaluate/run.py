@@ -40,17 +40,7 @@ from cyclefit.rerank import with_others
 def run(evaluation: Evaluate) -> int:
     """Evaluates; returns the exit status."""
     started = time.perf_counter()
-    for name, judge in evaluation.judges.items():
-        check_judge(judge, evaluation.kind, f"judges.{name}")
-        for partner in judge.needs:
-            if getattr(evaluation.partners, partner) is None:
-                what = f"{type(judge).__name__} needs a {partner}"
-                raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
-        judge.check(evaluation.partners)
-    for name, metric in evaluation.metrics.items():
-        if evaluation.kind not in metric.kinds:
-            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
-            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
+    check_settings(evaluation)
     evaluation.fabric = launch(evaluation.devices, evaluation.num_nodes)
     models = load_models(evaluation.base, evaluation.runs, evaluation.checkpoint, evaluation.kind)
     evaluation.rewards = rewarding([config for _, config in models.values()], evaluation.kind, evaluation.judges)
@@ -102,6 +92,21 @@ def run(evaluation: Evaluate) -> int:
     print_results(found, evaluation.columns)
     print(f"report: {report}")
     return 0
+
+
+def check_settings(evaluation: Evaluate) -> None:
+    """Raises UserError if a judge or a metric does not fit the evaluation."""
+    for name, judge in evaluation.judges.items():
+        check_judge(judge, evaluation.kind, f"judges.{name}")
+        for partner in judge.needs:
+            if getattr(evaluation.partners, partner) is None:
+                what = f"{type(judge).__name__} needs a {partner}"
+                raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
+        judge.check(evaluation.partners)
+    for name, metric in evaluation.metrics.items():
+        if evaluation.kind not in metric.kinds:
+            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
+            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
 
 
 def _to_device(evaluation: Evaluate, model: Adapter, half: bool = True) -> None:
