@@ -119,12 +119,10 @@ def _direction(
             return _mistake(error)
         return _html(Markup(environment().get_template("answer.html.j2").render(answer=answer)))
 
-    events = [button.click] + [given.submit] * isinstance(given, gr.Textbox)
-    for event in events:
-        # The models answer one at a time, whichever tab asks.
-        event(
-            asked, [given, count, chosen], shown, concurrency_limit=1, concurrency_id="models", api_visibility="private"
-        )
+    triggers = [button.click, given.submit] if isinstance(given, gr.Textbox) else [button.click]
+    # The models answer one at a time, whichever tab asks.
+    queue = {"concurrency_limit": 1, "concurrency_id": "models"}
+    gr.on(triggers, asked, [given, count, chosen], shown, **queue, api_visibility="private")
 
 
 def _mistake(error: UserError) -> str:
