@@ -8,6 +8,7 @@ import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from cyclefit import UserError
 from cyclefit.config.start import importing, resolve_configs
@@ -25,22 +26,35 @@ def main(arguments: list[str]) -> int:
         raise UserError("the app needs gradio: install it with `pip install 'cyclefit[app]'`")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     with importing():
-        from jsonargparse import ArgumentParser
-
         from cyclefit.app.page import page, serve
-        from cyclefit.app.sides import EVALUATIONS, sides
-        from cyclefit.config.settings import parameters, parse
+        from cyclefit.app.sides import sides
 
-    # Whichever evaluation has all settings that are given; each has some of its own.
-    ours = parameters(EVALUATIONS["images"])[0].keys() - parameters(EVALUATIONS["captions"])[0].keys()
-    kind = "images" if _given(arguments) & ours else "captions"
-    parser = ArgumentParser(prog="python -m cyclefit.app", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.exit_on_error = False
+    kind, values = read(arguments)
+    return serve(page(sides(kind, values), Path(values["out"]), values["seed"]))
+
+
+def read(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """Which evaluation a command line is one of, `captions` or `images`, and its settings, with the models.
+
+    Raises:
+        UserError: a setting is wrong.
+
+    """
+    from jsonargparse import ArgumentParser
+
+    from cyclefit.app.sides import EVALUATIONS
+    from cyclefit.config.settings import parameters, parse
+
+    # Some settings are those of images only.
+    images = parameters(EVALUATIONS["images"])[0].keys() - parameters(EVALUATIONS["captions"])[0].keys()
+    kind = "images" if _given(arguments) & images else "captions"
+    about = "Shows a photo's captions and a prompt's images by the models of an evaluation, on a page of this machine."
+    parser = ArgumentParser(prog="python -m cyclefit.app", description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
     parser.add_class_arguments(EVALUATIONS[kind])
     values = parser.instantiate_classes(parse(parser, arguments)).as_dict()
     values.pop("config", None)
-    return serve(page(sides(kind, values), Path(values["out"]), values["seed"]))
+    return kind, values
 
 
 def _given(arguments: list[str]) -> set[str]:

@@ -7,10 +7,10 @@ import gradio as gr
 from markupsafe import Markup
 
 from cyclefit import UserError
+from cyclefit.app.reports import framed, html, mistake, pages_in
 from cyclefit.app.sides import Answer, Side
-from cyclefit.files import within
 from cyclefit.records import Kind
-from cyclefit.report.page import TEMPLATES, environment, is_page
+from cyclefit.report.page import TEMPLATES, environment
 
 LARGEST = "20mb"
 """Of an uploaded file."""
@@ -35,12 +35,12 @@ def page(sides: dict[Kind, Side | str], folder: Path, seed: int) -> gr.Blocks:
         with gr.Tab("Report"):
             reports = [str(path.relative_to(folder)) for path in pages_in(folder)]
             if reports:
-                name = gr.Dropdown(reports, value=None, label=f"report in {folder}")
+                name = gr.Radio(reports, label=f"report in {folder}")
                 shown = gr.HTML()
                 name.change(lambda name: framed(folder, name), name, shown, api_visibility="private")
             else:
                 gr.HTML(
-                    _html(
+                    html(
                         Markup("<p>There is no report in {}: give the folder of an evaluation as --out.</p>").format(
                             folder
                         )
@@ -71,38 +71,15 @@ def serve(blocks: gr.Blocks) -> int:
     return 0
 
 
-def pages_in(folder: Path) -> list[Path]:
-    """The reports in a folder and in the folders in it."""
-    paths = [*folder.glob("*.html"), *folder.glob("*/*.html")]
-    return sorted(path for path in paths if path.resolve().is_relative_to(folder.resolve()) and _is_page(path))
-
-
-def framed(folder: Path, name: str | None) -> str:
-    """A report of the folder in a frame of its own, which reaches neither this page nor the network."""
-    if name is None:
-        return ""
-    try:
-        path = within(folder, name, "the report", links=False)
-    except UserError as error:
-        return _mistake(error)
-    if not _is_page(path):
-        return _mistake(UserError(f"{name} is no report."))
-    text = path.read_text(encoding="utf-8")
-    return _html(Markup('<iframe title="report" sandbox="allow-scripts" srcdoc="{}"></iframe>').format(text))
-
-
-def _is_page(path: Path) -> bool:
-    return path.is_file() and is_page(path.read_text(encoding="utf-8", errors="replace"))
-
-
 def _direction(
     side: Side | str, given: gr.Component, what: str, verb: str, seed: int, ask: Callable[..., Answer]
 ) -> None:
     """The inputs of a tab, and what comes out."""
     if isinstance(side, str):
-        gr.HTML(_html(Markup("<p>{}</p>").format(side)))
+        gr.HTML(html(Markup("<p>{}</p>").format(side)))
         return
-    gr.HTML(_html(Markup("").join(Markup("<p class='note'>{}</p>").format(note) for note in side.notes)))
+    if side.notes:
+        gr.HTML(html(Markup("").join(Markup("<p class='note'>{}</p>").format(note) for note in side.notes)))
     with gr.Row():
         with gr.Column(scale=3):
             given.render()
@@ -116,18 +93,10 @@ def _direction(
         try:
             answer = ask(side, given, count, seed)
         except UserError as error:
-            return _mistake(error)
-        return _html(Markup(environment().get_template("answer.html.j2").render(answer=answer)))
+            return mistake(error)
+        return html(Markup(environment().get_template("answer.html.j2").render(answer=answer)))
 
     triggers = [button.click, given.submit] if isinstance(given, gr.Textbox) else [button.click]
     # The models answer one at a time, whichever tab asks.
     queue = {"concurrency_limit": 1, "concurrency_id": "models"}
     gr.on(triggers, asked, [given, count, chosen], shown, **queue, api_visibility="private")
-
-
-def _mistake(error: UserError) -> str:
-    return _html(Markup('<p class="mistake" role="alert">{}</p>').format(str(error)))
-
-
-def _html(content: Markup) -> str:
-    return str(Markup('<div class="cyclefit">{}</div>').format(content))

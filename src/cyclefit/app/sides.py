@@ -57,6 +57,8 @@ class Answer:
     rows: dict[str, list[Shown]]
     """One of each model, by what they are: `greedy`, `nucleus 1`, `image 1 (seed 0)`."""
     judges: Sequence[str]
+    photo: Thumbnail | None = None
+    """The photo as the models read it."""
     facts: str | None = None
     """What the reader sees in the photo, if facts are known."""
 
@@ -78,13 +80,15 @@ class Side:
         self.evaluation, self.reader, self.notes = evaluation, reader, []
         check_settings(evaluation)
         for name in [name for name, judge in evaluation.judges.items() if judge.num_others]:
-            self.notes.append(f"{name} is left out: it contrasts an input with others, and here is one at a time.")
+            self.notes.append(f"{name} is left out, because it contrasts an input with others, and the page has one.")
             evaluation.judges = {other: judge for other, judge in evaluation.judges.items() if other != name}
         models = load_models(evaluation.base, runs, evaluation.checkpoint, evaluation.kind)
         self.models = {name: model for name, (model, _) in models.items()}
         self.about = {name: of.description for name, of in describe_models(models, evaluation.kind).items()}
         if not runs:
-            self.notes.append(f"No run given has finetuned a {FINETUNED[evaluation.kind]}: the base is alone.")
+            self.notes.append(
+                f"No run given has finetuned a {FINETUNED[evaluation.kind]}: the page shows the base alone."
+            )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         for judge in evaluation.judges.values():
             place(judge, self.device)
@@ -136,7 +140,7 @@ class Side:
         answer = self._answer(
             rows, candidates, {name: [drawn[one.caption] for one in of] for name, of in candidates.items()}
         )
-        answer.facts = in_words(facts) if facts else None
+        answer.photo, answer.facts = thumbnail(images[0]), in_words(facts) if facts else None
         return answer
 
     @torch.no_grad()
@@ -175,7 +179,7 @@ class Side:
         best = {
             judge: max(values)
             for judge in self.evaluation.judges
-            if len(values := [one.scores[judge] for one in every if judge in one.scores]) > 1
+            if len(values := {one.scores[judge] for one in every if judge in one.scores}) > 1
         }
         shown = {
             row: [
