@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate", "miniature", "card"},
     {"export"},
     {"status"},
+    {"app"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -18,6 +18,8 @@ COMMANDS = {
     "scenes": ("cyclefit.miniature.scenes:main", "write the data of the miniature world"),
     "latents": ("cyclefit.latents:main", "cache the latents of images in their shards"),
     "export": ("cyclefit.export:main", "export the trained weights of a run for other software"),
+    "status": ("cyclefit.status:main", "say what a run is, how far it is, what it measured, and how to go on"),
+    "app": ("cyclefit.app:main", "show photos and prompts going through an evaluation's models, in a browser"),
     "bridge": ("cyclefit.models.bridge:main", "count the tokens that two models' vocabularies share"),
 }
 """The function of each subcommand, and what it does."""

@@ -199,17 +199,21 @@ def save_sources(folder: Path, batch, side: int | None = None) -> None:
             save_image(image, path, side)
 
 
+def picture(image: torch.Tensor) -> Image.Image:
+    """An image (3, h, w) in [0, 1] in 8 bits."""
+    return Image.fromarray((image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def save_image(image: torch.Tensor, path: Path, side: int | None = None, **texts: str) -> None:
     """Saves an image (3, h, w) in [0, 1] with texts, its longer side at most `side` pixels if that is given."""
-    pixels = (image.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
+    saved = picture(image)
     if side is not None:
-        picture.thumbnail((side, side))
+        saved.thumbnail((side, side))
     about = PngInfo()
     for name, text in texts.items():
         about.add_text(name, text)
     with atomic(path) as partial:  # a run takes a picture that is there for a whole one
-        picture.save(partial, "PNG", pnginfo=about)
+        saved.save(partial, "PNG", pnginfo=about)
 
 
 def log_tables(

@@ -41,17 +41,7 @@ from cyclefit.rerank import with_others
 def run(evaluation: Evaluate) -> int:
     """Evaluates; returns the exit status."""
     started = time.perf_counter()
-    for name, judge in evaluation.judges.items():
-        check_judge(judge, evaluation.kind, f"judges.{name}")
-        for partner in judge.needs:
-            if getattr(evaluation.partners, partner) is None:
-                what = f"{type(judge).__name__} needs a {partner}"
-                raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
-        judge.check(evaluation.partners)
-    for name, metric in evaluation.metrics.items():
-        if evaluation.kind not in metric.kinds:
-            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
-            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
+    check_settings(evaluation)
     evaluation.fabric = launch(evaluation.devices, evaluation.num_nodes)
     models = load_models(evaluation.base, evaluation.runs, evaluation.checkpoint, evaluation.kind)
     evaluation.rewards = rewarding([config for _, config in models.values()], evaluation.kind, evaluation.judges)
@@ -116,6 +106,21 @@ def _log(evaluation: Evaluate, found: Evaluation, configs: list[dict]) -> None:
     }
     tables = {f"{evaluation.kind}/{split}": main_table(results.rows) for split, results in found.splits.items()}
     log_tables(tables, evaluation.folder, values, configs, job_type="evaluation", config=found.metadata)
+
+
+def check_settings(evaluation: Evaluate) -> None:
+    """Raises UserError if a judge or a metric does not fit the evaluation."""
+    for name, judge in evaluation.judges.items():
+        check_judge(judge, evaluation.kind, f"judges.{name}")
+        for partner in judge.needs:
+            if getattr(evaluation.partners, partner) is None:
+                what = f"{type(judge).__name__} needs a {partner}"
+                raise UserError(f"judges.{name}: {what}, and an evaluation of {evaluation.kind} has none: leave it out")
+        judge.check(evaluation.partners)
+    for name, metric in evaluation.metrics.items():
+        if evaluation.kind not in metric.kinds:
+            what = f"{type(metric).__name__} measures {' and '.join(metric.kinds)}"
+            raise UserError(f"metrics.{name}: {what}, not {evaluation.kind}: leave it out")
 
 
 def _to_device(evaluation: Evaluate, model: Adapter, half: bool = True) -> None:
