@@ -105,7 +105,8 @@ def test_a_run_stands_beside_the_base_where_it_was_finetuned(launch, world, samp
 
 
 def test_a_judge_that_contrasts_is_left_out():
-    judges = '{"alone": {"class_path": "ImageText"}, "contrast": {"class_path": "Denoising", "init_args": {"num_others": 2}}}'
+    contrast = '{"class_path": "Denoising", "init_args": {"num_others": 2}}'
+    judges = f'{{"alone": {{"class_path": "ImageText"}}, "contrast": {contrast}}}'
     side = of(str(ROOT / "configs" / "miniature_evaluate.yaml"), f"--judges={judges}")["captions"]
     assert list(side.evaluation.judges) == ["alone"]
     assert side.notes[0] == "contrast is left out, because it contrasts an input with others, and the page has one."

@@ -1,4 +1,4 @@
-"""What a run is, how far it is, what it measured last, and what to do next: `python -m cyclefit.status RUN`."""
+"""What a run is, how far it is, what it measured last, and what to do next: `cyclefit status RUN`."""
 
 import argparse
 import json
@@ -294,9 +294,9 @@ def line(status: Status) -> dict[str, str]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m cyclefit.status RUN [--html]`, of one run or of a folder of runs."""
+    """`cyclefit status RUN [--html]`, of one run or of a folder of runs."""
     parser = argparse.ArgumentParser(
-        prog="python -m cyclefit.status", description="Says what a run is, how far it is, and what to do with it next."
+        prog="cyclefit status", description="Says what a run is, how far it is, and what to do with it next."
     )
     parser.add_argument("run", type=Path, help="folder of a run, or of several")
     parser.add_argument("--html", action="store_true", help="also write index.html with the learning curves into it")

@@ -1,6 +1,6 @@
 """The app: a local page on which a photo or a prompt goes through an evaluation's models.
 
-`python -m cyclefit.app --config NAME --runs '[RUN, ...]'`. The settings are those of `evaluate.py captions` or
+`cyclefit app --config NAME --runs '[RUN, ...]'`. The settings are those of `evaluate.py captions` or
 `evaluate.py images`, and the page shows both directions with either; `--out` is the folder whose reports it shows.
 """
 
@@ -49,7 +49,7 @@ def read(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     images = parameters(EVALUATIONS["images"])[0].keys() - parameters(EVALUATIONS["captions"])[0].keys()
     kind = "images" if _given(arguments) & images else "captions"
     about = "Shows a photo's captions and a prompt's images by the models of an evaluation, on a page of this machine."
-    parser = ArgumentParser(prog="python -m cyclefit.app", description=about, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(prog="cyclefit app", description=about, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a yaml file, or the bare name of one in configs/")
     parser.add_class_arguments(EVALUATIONS[kind])
     values = parser.instantiate_classes(parse(parser, arguments)).as_dict()
