@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cyclefit import records
+from cyclefit import UserError, evaluate, records
 from tests.conftest import ROOT
 
-TUTORIALS = ROOT / "docs" / "tutorials"
+TUTORIALS, NOTEBOOKS = ROOT / "docs" / "tutorials", ROOT / "docs" / "notebooks"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
@@ -38,15 +38,18 @@ def run(words: list[str]) -> None:
 
 
 def submit(words: list[str]) -> None:
-    """A job's script is there, and what follows it are arguments that it passes on to be understood."""
+    """A job's script is there, and what follows it are arguments that are understood."""
     place = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
     assert Path(words[place]).is_file()
     kind, arguments = Path(words[place]).stem, words[place + 1 :]
     if kind == "sweep":
-        for line in map(shlex.split, Path(arguments[0]).read_text().splitlines()):
-            submit(["slurm/train.sbatch", *line[1:], "--name", line[0]])
-    else:
-        run(["python", f"{kind}.py", *arguments, "--print_config"])
+        for name, *of_run in map(shlex.split, Path(arguments[0]).read_text().splitlines()):
+            submit(["slurm/train.sbatch", *of_run, "--name", name])
+    elif kind == "train":
+        run(["python", "train.py", *arguments, "--print_config"])
+    else:  # the data is looked for once everything is parsed
+        with pytest.raises(UserError, match="^shards.test: shard .* does not exist"):
+            evaluate.main([*arguments, '--shards={"test": "nowhere"}'])
 
 
 def follow(page: Path, names: dict) -> None:
@@ -64,12 +67,17 @@ def test_every_tutorial_is_in_the_overview():
     assert sorted(pages()) == sorted(set(TUTORIALS.glob("*.md")) - {TUTORIALS / "index.md"})
 
 
-def test_tutorials(tmp_path, world, monkeypatch, capsys):
+def working(folder: Path, world: Path) -> Path:
+    """Makes a folder like the project's, with the data that the first command would write."""
     for name in ("train.py", "evaluate.py", "slurm"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "miniature").symlink_to(world)  # as their first command writes it
-    monkeypatch.chdir(tmp_path)
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "data").mkdir()
+    (folder / "data" / "miniature").symlink_to(world)
+    return folder
+
+
+def test_tutorials(tmp_path, world, monkeypatch, capsys):
+    monkeypatch.chdir(working(tmp_path, world))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     names, said = {}, {}
@@ -94,3 +102,27 @@ def test_tutorials(tmp_path, world, monkeypatch, capsys):
 def last_losses(run: Path) -> dict[str, float]:
     row = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "train/loss" in row][-1]
     return {name: value for name, value in row.items() if name.startswith("train/") and "second" not in name}
+
+
+def test_notebooks_are_the_tutorials():
+    """Written by `python .ci/notebooks.py`."""
+    write = runpy.run_path(str(ROOT / ".ci" / "notebooks.py"))["notebook"]
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {"captioner", "lora"}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        assert path.read_text() == write(path.stem), f"{path.name} is not its tutorial: run `python .ci/notebooks.py`"
+
+
+def test_notebooks(tmp_path, world):
+    """In a Jupyter kernel, in a folder like the project's."""
+    nbclient = pytest.importorskip("nbclient", reason="Jupyter is not installed: `make docs` installs it")
+    import nbformat
+
+    folder = working(tmp_path, world) / "docs" / "notebooks"
+    folder.mkdir(parents=True)
+    for page in ("captioner", "lora"):
+        notebook = nbformat.read(NOTEBOOKS / f"{page}.ipynb", as_version=4)
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+        errors = [out for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "error"]
+        assert not errors  # `%run` of a command that fails
+    assert (tmp_path / "runs/comparison/report.html").exists()
+    assert Image.open(tmp_path / "drawn.png").size == (256, 256)
