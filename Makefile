@@ -4,11 +4,12 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DEMO := runs/demo
 
-.PHONY: help setup demo test lint bench pretrain study clean
+.PHONY: help setup demo test lint docs bench pretrain study clean
 help:
 	@echo "make demo      finetune both models on the miniature world with and without the cycle, and with CLIP alone; write a report"
 	@echo "make test      the test suite"
 	@echo "make lint      ruff"
+	@echo "make docs      the documentation as a site, site/index.html"
 	@echo "make bench     the benchmarks"
 	@echo "make study     every cycle over five seeds (hours)"
 	@echo "make pretrain  train the miniature world's models from scratch (two and a half hours)"
@@ -52,6 +53,13 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+$(VENV)/.docs: $(READY)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(PY) -m http.server --directory site"
+
 bench: $(READY) data/miniature/prompts.txt
 	$(PY) -m benchmarks.loader
 	$(PY) -m benchmarks.rerank
@@ -75,4 +83,4 @@ pretrain: $(READY)
 	$(PY) -m studies.pretrain --pair modern
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) runs data site
