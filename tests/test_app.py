@@ -105,7 +105,8 @@ def test_a_run_stands_beside_the_base_where_it_was_finetuned(launch, world, samp
 
 
 def test_a_judge_that_contrasts_is_left_out():
-    judges = '{"alone": {"class_path": "ImageText"}, "contrast": {"class_path": "Denoising", "init_args": {"num_others": 2}}}'
+    contrast = '{"class_path": "Denoising", "init_args": {"num_others": 2}}'
+    judges = f'{{"alone": {{"class_path": "ImageText"}}, "contrast": {contrast}}}'
     side = of(str(ROOT / "configs" / "miniature_evaluate.yaml"), f"--judges={judges}")["captions"]
     assert list(side.evaluation.judges) == ["alone"]
     assert side.notes[0] == "contrast is left out, because it contrasts an input with others, and the page has one."
@@ -128,10 +129,7 @@ def test_bad_input_is_a_sentence(both, ask, given, seed, said):
 
 
 def test_reports_are_read_in_the_folder_only(tmp_path):
-    folder, page = (
-        tmp_path / "runs",
-        render_page("judges.html.j2", title="<script>", byline=[], benchmarks={}, about={}),
-    )
+    folder, page = tmp_path / "runs", render_page("base.html.j2", title="<script>", byline=[])
     (folder / "captions").mkdir(parents=True)
     for path in (folder / "report.html", folder / "captions" / "report.html", tmp_path / "secret.html"):
         path.write_text(page)
@@ -166,7 +164,7 @@ area.value = {!r}; area.dispatchEvent(new Event('input', {{bubbles: true}}));
 def test_the_page_in_a_browser(launch, sample, tmp_path):
     run, reports = launch("miniature_blip.yaml", "blip"), tmp_path / "reports"
     reports.mkdir()
-    page = render_page("judges.html.j2", title="A report", byline=[], benchmarks={}, about={})
+    page = render_page("base.html.j2", title="A report", byline=[])
     (reports / "report.html").write_text(page)
     (tmp_path / "scene.png").write_bytes(encoded(sample))
     (tmp_path / "broken.png").write_bytes(b"no photo")
