@@ -129,10 +129,7 @@ def test_bad_input_is_a_sentence(both, ask, given, seed, said):
 
 
 def test_reports_are_read_in_the_folder_only(tmp_path):
-    folder, page = (
-        tmp_path / "runs",
-        render_page("judges.html.j2", title="<script>", byline=[], benchmarks={}, about={}),
-    )
+    folder, page = tmp_path / "runs", render_page("base.html.j2", title="<script>", byline=[])
     (folder / "captions").mkdir(parents=True)
     for path in (folder / "report.html", folder / "captions" / "report.html", tmp_path / "secret.html"):
         path.write_text(page)
@@ -167,7 +164,7 @@ area.value = {!r}; area.dispatchEvent(new Event('input', {{bubbles: true}}));
 def test_the_page_in_a_browser(launch, sample, tmp_path):
     run, reports = launch("miniature_blip.yaml", "blip"), tmp_path / "reports"
     reports.mkdir()
-    page = render_page("judges.html.j2", title="A report", byline=[], benchmarks={}, about={})
+    page = render_page("base.html.j2", title="A report", byline=[])
     (reports / "report.html").write_text(page)
     (tmp_path / "scene.png").write_bytes(encoded(sample))
     (tmp_path / "broken.png").write_bytes(b"no photo")

@@ -28,9 +28,7 @@ def page(sides: dict[Kind, Side | str], folder: Path, seed: int) -> gr.Blocks:
             photo.preprocess = lambda given: Path(given.path).read_bytes() if given and given.path else None
             _direction(sides["captions"], photo, "nucleus samples", "Caption it", seed, Side.captions)
         with gr.Tab("Prompt"):
-            prompt = gr.Textbox(
-                label="prompt", lines=2, placeholder="a small red circle left of a large blue star", render=False
-            )
+            prompt = gr.Textbox(label="prompt", lines=2, render=False)
             _direction(sides["images"], prompt, "images", "Draw it", seed, Side.images)
         with gr.Tab("Report"):
             reports = [str(path.relative_to(folder)) for path in pages_in(folder)]
@@ -39,13 +37,10 @@ def page(sides: dict[Kind, Side | str], folder: Path, seed: int) -> gr.Blocks:
                 shown = gr.HTML()
                 name.change(lambda name: framed(folder, name), name, shown, api_visibility="private")
             else:
-                gr.HTML(
-                    html(
-                        Markup("<p>There is no report in {}: give the folder of an evaluation as --out.</p>").format(
-                            folder
-                        )
-                    )
+                none = (
+                    f"There is no report in {folder}: give the folder of an evaluation, or the one above it, as --out."
                 )
+                gr.HTML(html(Markup("<p>{}</p>").format(none)))
     return blocks
 
 

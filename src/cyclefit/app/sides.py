@@ -204,12 +204,11 @@ def sides(kind: Kind, values: dict[str, Any]) -> dict[Kind, Side | str]:
     """
     given = values["judges"] or {}
     finetuned = {run: parts_of(run, values["checkpoint"]) for run in values["runs"] or []}
-    evaluations: dict[Kind, Evaluate] = {}
     found: dict[Kind, Side | str] = {}
     for each, cls in EVALUATIONS.items():
         own = {name: value for name, value in values.items() if name in parameters(cls)[0]}
         try:
-            evaluation = evaluations[each] = cls(**(own if each == kind else own | {"judges": None}))
+            evaluation = cls(**(own if each == kind else own | {"judges": None}))
             if each != kind:  # those of the given judges that fit, if any
                 fit = {
                     name: judge for name, judge in given.items()
