@@ -23,17 +23,15 @@ Kind = Literal["captions", "images"]
 UNITS: dict[Kind, str] = {"captions": "images", "images": "prompts"}
 """What the inputs are."""
 
-# Decodings of captions.
-GREEDY, BEAM, NUCLEUS = "greedy", "beam", "nucleus"
+GREEDY, BEAM, NUCLEUS = "greedy", "beam", "nucleus"  # decodings of captions
 # Selections: one candidate as it comes, the one a judge likes best (the judge's name), or the one the references do.
 SINGLE, ORACLE = "single", "oracle"
 # Judges by the names of their rows.
-IMAGE_CYCLE, DENOISING, LOG_DENOISING, IMAGE_TEXT = "image cycle", "denoising", "log denoising", "image-text"
-TEXT_CYCLE = "text cycle"
+IMAGE_CYCLE, TEXT_CYCLE, IMAGE_TEXT = "image cycle", "text cycle", "image-text"
+DENOISING, LOG_DENOISING = "denoising", "log denoising"
 # Metrics of facts, in percent.
 TRUTH, COVERAGE = "truth", "coverage"
-FALSE: dict[Kind, str] = {"captions": "false captions", "images": "false images"}
-"""The share of captions, or images, with at least one false fact."""
+FALSE: dict[Kind, str] = {"captions": "false captions", "images": "false images"}  # with at least one false fact
 
 
 def joined(*parts: str) -> str:
