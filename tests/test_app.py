@@ -140,6 +140,7 @@ def test_reports_are_read_in_the_folder_only(tmp_path):
     assert (
         'sandbox="allow-scripts" srcdoc="&lt;!doctype' in shown.replace("DOCTYPE", "doctype") and "<script" not in shown
     )
+    assert "&lt;base href=&#34;about:srcdoc&#34;&gt;" in shown
     for name in ("../secret.html", "link.html", str(tmp_path / "secret.html"), "other.html"):
         assert "iframe" not in framed(folder, name) and "mistake" in framed(folder, name)
 
