@@ -25,7 +25,8 @@ def framed(folder: Path, name: str | None) -> str:
         return mistake(error)
     if not _is_page(path):
         return mistake(UserError(f"{name} is no report."))
-    text = path.read_text(encoding="utf-8")
+    # Links to its own sections would lead to this page otherwise.
+    text = path.read_text(encoding="utf-8").replace("<head>", '<head><base href="about:srcdoc">', 1)
     return html(Markup('<iframe title="report" sandbox="allow-scripts" srcdoc="{}"></iframe>').format(text))
 
 
