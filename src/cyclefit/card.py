@@ -141,7 +141,7 @@ def model_card(export: Export, name: str, evaluation: Path | None = None) -> str
     head = takewhile(lambda line: line.startswith("# "), (export.run / "config.yaml").read_text().splitlines())
     made = {line.split(" ")[1]: public(line.removeprefix("# ")) for line in head}
     trainer = {key: value for key, value in config["trainer"].items() if value is not None}
-    del trainer["default_root_dir"]
+    trainer.pop("default_root_dir", None)
     body = _template().render(
         export=export,
         name=name,
