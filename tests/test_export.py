@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cyclefit import UserError, export
-from cyclefit.card import licence, public
+from cyclefit.card import hub_datasets, licence, public
 from cyclefit.config import start
 from cyclefit.models import Blip, Decoding, Lora, StableDiffusion
 from cyclefit.records import Difference, Estimate, Evaluation, Finding, Model, Row, Split, Verdict, write_evaluation
@@ -429,6 +429,13 @@ def test_the_licence_is_the_one_that_the_base_states(tmp_path, monkeypatch):
     assert licence("some/base") == licence(str(snapshot)) == {"license": "other", "license_name": "own-terms"}
     (snapshot / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     assert licence("some/base") == {}
+
+
+def test_data_sets_are_those_that_shards_are_read_from():
+    shards = {"train": "pipe:curl -L " + constants.ENDPOINT + "/datasets/org/pairs/resolve/main/{000..009}.tar"}
+    shards |= {"unpaired": ["hf://datasets/org/images/0.tar", "hf://datasets/org/images/1.tar"], "prompts": None}
+    assert hub_datasets(shards) == ["org/images", "org/pairs"]
+    assert hub_datasets({"train": "/data/datasets/org/pairs/0.tar"}) == []
 
 
 @pytest.mark.parametrize(

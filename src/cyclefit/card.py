@@ -130,7 +130,7 @@ def model_card(export: Export, name: str, evaluation: Path | None = None) -> str
         library_name=LIBRARIES.get(export.form, export.form),
         pipeline_tag=task if captioner else "text-to-image",
         tags=["cyclefit", *["lora"] * (not captioner), *["cycle-consistency"] * bool(cycle)],
-        datasets=_datasets(config["data"]) or None,
+        datasets=hub_datasets(config["data"]) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         eval_results=results or None,
         model_name=name,
@@ -219,7 +219,7 @@ def describe_shards(shards: str | list[str]) -> str:
     return "; ".join(said)
 
 
-def _datasets(settings: dict) -> list[str]:
+def hub_datasets(settings: dict) -> list[str]:
     """Ids of the data sets on the hub that shards are read from."""
     from huggingface_hub import constants
 
