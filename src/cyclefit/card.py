@@ -133,7 +133,7 @@ def model_card(export: Export, name: str, evaluation: Path | None = None) -> str
         datasets=hub_datasets(config["data"]) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         eval_results=results or None,
-        model_name=name,
+        model_name=name if results else None,
     )
     part = export.arguments.get("trainable") or export.arguments.get("lora")
     if isinstance(part, dict):
