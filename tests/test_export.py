@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cyclefit import UserError, export
-from cyclefit.card import licence, public
+from cyclefit.card import hub_datasets, licence, public
 from cyclefit.config import start
 from cyclefit.models import Blip, Decoding, Lora, StableDiffusion
 from cyclefit.records import Difference, Estimate, Evaluation, Finding, Model, Row, Split, Verdict, write_evaluation
@@ -343,7 +344,9 @@ def test_the_card_says_what_was_trained(runs, loras, world):
     assert card.data.library_name == "diffusers"
     assert card.data.pipeline_tag == "text-to-image"
     assert card.data.tags == ["cyclefit", "lora"]
-    assert card.data.base_model is card.data.license is card.data.eval_results is None, "nothing known is made up"
+    assert card.data.base_model is card.data.license is card.data.eval_results is card.data.model_name is None, (
+        "nothing known is made up"
+    )
     card = ModelCard.load(loras["encoder", "kohya"].with_suffix(".md"))
     config, trained = read_run(runs / "encoder")
     text = card.text
@@ -429,6 +432,13 @@ def test_the_licence_is_the_one_that_the_base_states(tmp_path, monkeypatch):
     assert licence("some/base") == licence(str(snapshot)) == {"license": "other", "license_name": "own-terms"}
     (snapshot / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     assert licence("some/base") == {}
+
+
+def test_data_sets_are_those_that_shards_are_read_from():
+    shards = {"train": "pipe:curl -L " + constants.ENDPOINT + "/datasets/org/pairs/resolve/main/{000..009}.tar"}
+    shards |= {"unpaired": ["hf://datasets/org/images/0.tar", "hf://datasets/org/images/1.tar"], "prompts": None}
+    assert hub_datasets(shards) == ["org/images", "org/pairs"]
+    assert hub_datasets({"train": "/data/datasets/org/pairs/0.tar"}) == []
 
 
 @pytest.mark.parametrize(
@@ -602,6 +612,13 @@ def test_what_the_hub_refuses_is_one_sentence(case, push, message, exported, run
     assert "\n" not in str(raised.value)
     assert (tmp_path / "lora").exists() == exported
     assert not hub.files
+
+
+def test_clipcap_is_downloaded_before_it_is_loaded():
+    printed = "from cyclefit.models import ClipCap\ncaptioner = ClipCap('/a/.x.partial', clip='/b/clip')"
+    lines = export._from_hub(printed, Path("/a/.x.partial"), "clipcap", "me/x", "try", "")
+    assert lines.splitlines()[0] == "from huggingface_hub import snapshot_download"
+    assert lines.splitlines()[2] == "captioner = ClipCap(snapshot_download('me/x', revision='try'), clip='clip')"
 
 
 def test_options_of_an_upload_need_one(runs, tmp_path):

@@ -130,10 +130,10 @@ def model_card(export: Export, name: str, evaluation: Path | None = None) -> str
         library_name=LIBRARIES.get(export.form, export.form),
         pipeline_tag=task if captioner else "text-to-image",
         tags=["cyclefit", *["lora"] * (not captioner), *["cycle-consistency"] * bool(cycle)],
-        datasets=_datasets(config["data"]) or None,
+        datasets=hub_datasets(config["data"]) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         eval_results=results or None,
-        model_name=name,
+        model_name=name if results else None,
     )
     part = export.arguments.get("trainable") or export.arguments.get("lora")
     if isinstance(part, dict):
@@ -141,7 +141,7 @@ def model_card(export: Export, name: str, evaluation: Path | None = None) -> str
     head = takewhile(lambda line: line.startswith("# "), (export.run / "config.yaml").read_text().splitlines())
     made = {line.split(" ")[1]: public(line.removeprefix("# ")) for line in head}
     trainer = {key: value for key, value in config["trainer"].items() if value is not None}
-    del trainer["default_root_dir"]
+    trainer.pop("default_root_dir", None)
     body = _template().render(
         export=export,
         name=name,
@@ -219,7 +219,7 @@ def describe_shards(shards: str | list[str]) -> str:
     return "; ".join(said)
 
 
-def _datasets(settings: dict) -> list[str]:
+def hub_datasets(settings: dict) -> list[str]:
     """Ids of the data sets on the hub that shards are read from."""
     from huggingface_hub import constants
 

@@ -61,7 +61,8 @@ def export(
         here = usage.replace(str(partial), str(out))
         there = here if repo is None else _from_hub(usage, partial, form, repo, revision, suffix and out.name)
         about = Export(run, checkpoint, kind, form, config, count, there)
-        card = model_card(about, (repo or out.stem).rpartition("/")[2], evaluation)
+        name = repo.rpartition("/")[2] if repo else out.name.removesuffix(suffix)
+        card = model_card(about, name, evaluation)
         if suffix:
             write_atomic(card_beside(out), card)
         else:
@@ -94,19 +95,23 @@ def push(out: Path, repo: str, private: bool = False, revision: str | None = Non
     from huggingface_hub import HfApi
 
     later = f"; {out} is complete: delete it and run the command again, or upload it with `hf upload`"
-    with _asking(repo, later), tempfile.TemporaryDirectory() as staged:
-        api, folder = HfApi(), out
-        url = api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.model_info(repo).private:
-            raise UserError(f"{repo} exists and is public, so nothing was uploaded: leave out --private, or choose "
-                            f"another name{later}")  # fmt: skip
-        if revision:
-            api.create_branch(repo, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as staged:
+        folder = out
         if out.is_file():
             folder = Path(staged)
             shutil.copyfile(out, folder / out.name)
             shutil.copyfile(card_beside(out), folder / "README.md")
-        api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="Export from cyclefit")
+        with _asking(repo, later):
+            api = HfApi()
+            url = api.create_repo(repo, private=private or None, exist_ok=True)
+            if private and not api.model_info(repo).private:
+                raise UserError(
+                    f"{repo} exists and is public, so nothing was uploaded: leave out --private, or choose another "
+                    f"name{later}"
+                )
+            if revision:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="Export of cyclefit")
     return str(url)
 
 
@@ -147,24 +152,20 @@ def _asking(repo: str, later: str) -> Iterator[None]:
         said = "HF_HUB_OFFLINE is set: unset it to use the hub"
     except HFValidationError as error:
         said = f"--push {repo} is not the name of a repository on the hub: {error}"
-    except (HTTPError, OSError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if status is None and not isinstance(cause, HTTPError | OSError):
-            raise
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         said = {
-            None: f"{constants.ENDPOINT} does not answer ({_line(cause)}): check the network, or HF_ENDPOINT",
             401: "the hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN to a valid one",
             403: f"the token has no right to write to {repo}: use one with write access to it, or choose another name",
             404: f"the hub has no {repo} that the token can see: check the name, and the token's access to it",
-        }.get(status, f"the hub refused {repo} with status {status} ({_line(cause)})")
+        }.get(status, f"the hub did not take {repo} ({reason}): try again later, or choose another name")
+        if status is None and isinstance(cause, HTTPError | OSError):
+            said = f"{constants.ENDPOINT} does not answer ({reason}): check the network, or HF_ENDPOINT"
     else:
         return
     raise UserError(said + later)
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def main(arguments: list[str]) -> int:
