@@ -138,7 +138,7 @@ class ProgressLines(ProgressBar):
     def on_validation_batch_end(self, trainer: L.Trainer, *_) -> None:
         if not trainer.sanity_checking and time.monotonic() >= self._due:
             done = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.processed
-            self._write(f"validating, {done} batches of it done")
+            self._write(f"validating, {done} batches done", time.monotonic() - self._paused)
 
     @override
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -155,9 +155,9 @@ class ProgressLines(ProgressBar):
         last = next((logger.last for logger in self.trainer.loggers if isinstance(logger, JsonlLogger)), {})
         return in_words({k.removeprefix(prefix): value for k, value in last.items() if k.startswith(prefix)})
 
-    def _write(self, more: str) -> None:
+    def _write(self, more: str, paused: float = 0.0) -> None:
         now, step, total = time.monotonic(), self.trainer.global_step, self.trainer.max_steps
-        done, trained = step - self._first, now - self._began - self._validated
+        done, trained = step - self._first, now - self._began - self._validated - paused
         self._due = now + EVERY
         if self._enabled:
             left = (total - step) * (now - self._began) / done if done else None  # with the validations
