@@ -20,9 +20,8 @@ def site(tmp_path_factory):
     built = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
     )
-    assert not built.returncode and "WARNING" not in built.stderr, (
-        built.stdout + built.stderr
-    )  # `--quiet` would drop some
+    said = built.stdout + built.stderr
+    assert not built.returncode and "WARNING" not in said, said  # `--quiet` would drop warnings about links
     return folder
 
 
