@@ -57,7 +57,7 @@ $(VENV)/.docs: $(READY)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "site/index.html; with search: $(PY) -m http.server --directory site"
 
 bench: $(READY) data/miniature/prompts.txt

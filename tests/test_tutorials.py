@@ -6,6 +6,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -76,13 +77,33 @@ def working(folder: Path, world: Path) -> Path:
     return folder
 
 
-def test_tutorials(tmp_path, world, monkeypatch, capsys):
+def execute(notebook: Path, folder: Path) -> None:
+    """In a Jupyter kernel."""
+    import nbclient
+    import nbformat
+
+    folder.mkdir(parents=True, exist_ok=True)
+    content = nbformat.read(notebook, as_version=4)
+    nbclient.NotebookClient(content, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    outputs = [output for cell in content.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]  # `%run` of a command that fails
+
+
+@pytest.mark.parametrize("notebooks", [True, False], ids=["with notebooks", "without"])
+def test_tutorials(notebooks, tmp_path, world, monkeypatch, capsys):
+    """Those that are notebooks too are run as such, where there is Jupyter."""
+    if notebooks != bool(find_spec("nbclient") and find_spec("ipykernel")):
+        pytest.skip("Jupyter is not installed: `make docs` installs it" if notebooks else "they are run as notebooks")
     monkeypatch.chdir(working(tmp_path, world))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", [])
     names, said = {}, {}
     for page in pages():
-        follow(page, names)
+        notebook = NOTEBOOKS / f"{page.stem}.ipynb"
+        if notebooks and notebook.exists():
+            execute(notebook, Path("docs/notebooks"))
+        else:
+            follow(page, names)
         said[page.stem] = capsys.readouterr().out
 
     trained = {path.parent.parent.name for path in Path("runs").glob("*/checkpoints/last.ckpt")}
@@ -93,7 +114,7 @@ def test_tutorials(tmp_path, world, monkeypatch, capsys):
     assert {row.selection for row in judged if row.model == "base"} >= {"concise", "image-text"}
     assert Path("runs/report.html").exists()
     assert Image.open("drawn.png").size == (256, 256)
-    assert f"trained in {tmp_path}/runs/cycle with seed 0" in said["trace"]
+    assert "it is runs/cycle with seed 0" in said["trace"]
     assert "- false:" in said["trace"]
     first, again = (last_losses(Path("runs", name)) for name in ("cycle", "again"))
     assert again == pytest.approx(first)
@@ -110,19 +131,3 @@ def test_notebooks_are_the_tutorials():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == {"captioner", "lora"}
     for path in NOTEBOOKS.glob("*.ipynb"):
         assert path.read_text() == write(path.stem), f"{path.name} is not its tutorial: run `python .ci/notebooks.py`"
-
-
-def test_notebooks(tmp_path, world):
-    """In a Jupyter kernel, in a folder like the project's."""
-    nbclient = pytest.importorskip("nbclient", reason="Jupyter is not installed: `make docs` installs it")
-    import nbformat
-
-    folder = working(tmp_path, world) / "docs" / "notebooks"
-    folder.mkdir(parents=True)
-    for page in ("captioner", "lora"):
-        notebook = nbformat.read(NOTEBOOKS / f"{page}.ipynb", as_version=4)
-        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
-        errors = [out for cell in notebook.cells for out in cell.get("outputs", []) if out.output_type == "error"]
-        assert not errors  # `%run` of a command that fails
-    assert (tmp_path / "runs/comparison/report.html").exists()
-    assert Image.open(tmp_path / "drawn.png").size == (256, 256)
