@@ -410,7 +410,7 @@ def test_img2dataset_as_it_is(tmp_path, capsys):
 TABLES = {
     "c.csv": '\ufeffID,Image,Caption\r\n7,a.jpg,"one, two"\r\n\r\n8,b.jpg,"say ""three""\nor four"\r\n'
     "9,./a.jpg,five\r\n,gone.jpg,\r\n",
-    "semicolons.csv": 'id;image;caption\n7;a.jpg;one, two\n8;b.jpg;"say ""three""\nor four"\n9;a.jpg;five\n'
+    "semicolons.csv": 'id; image ;caption\n7;a.jpg;one, two\n8;b.jpg;"say ""three""\nor four"\n9;a.jpg;five\n'
     ";gone.jpg;\n",
     "c.tsv": 'path\tid\ttext\na.jpg\t7\t["one, two", "five"]\nb.jpg\t8\t"say ""three""\nor four"\ngone.jpg\t\t[]\n',
     "pandas.csv": "image_path,caption,id\na.jpg,\"['one, two', 'five']\",7\n"

@@ -280,10 +280,12 @@ def test_a_data_set_on_the_hub(hub, tmp_path, capsys):
     fetched = [path.rpartition("/")[2] for path in hub.asked if path.startswith("GET /datasets")]
     assert fetched == ["train-00000-of-00003.parquet", "train-00001-of-00003.parquet"]
     assert all(commit("main") in path for path in hub.asked if "/resolve/" in path)
-    # What is written already is refused before anything is downloaded; files in the cache are not fetched again.
-    assert pack(*arguments, "--out", tmp_path / "out") == 2
+    # What is written already is refused before anything is downloaded.
+    revision = ["--revision", "refs/convert/parquet"]
+    assert pack("--images", "org/name", *revision, "--out", tmp_path / "out") == 2
     assert "already holds 1 shards" in capsys.readouterr().err
-    assert not [path for path in hub.asked if "00002-of" in path]
+    assert not [path for path in hub.asked if "0000.parquet" in path]
+    # Files in the cache are not fetched again.
     hub.asked.clear()
     assert pack(*arguments, "--out", tmp_path / "whole") == 0
     assert len(captions(tmp_path / "whole")) == 6
@@ -291,7 +293,6 @@ def test_a_data_set_on_the_hub(hub, tmp_path, capsys):
         f"GET /datasets/org/name/resolve/{commit('main')}/data/train-00002-of-00003.parquet"
     ]
     # A revision.
-    revision = ["--revision", "refs/convert/parquet"]
     assert pack("--images", "org/name", *revision, "--out", tmp_path / "converted_out") == 0
     assert captions(tmp_path / "converted_out") == {"0000-000001": ["converted"]}
     assert skipped(tmp_path / "converted_out") == {"0000-000000": "the path of an image instead of its bytes"}
