@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 from tests.probes import ended, forked, started
 
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-TRAINING = [name for name in CONFIGS if not re.search("evaluate|ablation|miniature.yaml|modern.yaml", name)]
+TRAINING = [name for name in CONFIGS if not re.search("evaluate|ablation|matrix|miniature.yaml|modern.yaml", name)]
 
 
 def values(run, key):
