@@ -6,13 +6,11 @@ on the weights. Without it they are the miniature world's.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import yaml
@@ -77,15 +75,16 @@ def configured(
     if models:
         for part, folder in (("captioner", captioner), ("generator", DIFFUSION)):
             parts[part] = {"init_args": {"pretrained": str((models / folder).absolute()), "random_weights": True}}
-        for part in ("scorer", "held_out") if "sd" in config else ("scorer",):
+        for part in ("scorer", "held_out") if "sd" in config or "reward" in config else ("scorer",):
             parts[part] = {"init_args": {"pretrained": None}}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump({"model": {"init_args": parts}}, file)
-        command = ["train.py", *resolve_configs(["--config", config]), "--config", file.name, *overrides]
-        with patch.object(sys, "argv", command), torch.device("meta" if meta else "cpu"):
+        arguments = [*resolve_configs(["--config", config]), "--config", file.name, *overrides]
+        with torch.device("meta" if meta else "cpu"):
             made = ModuleCLI(
                 ExitStack(), Finetune, ShardData, subclass_mode_model=True, auto_configure_optimizers=False,
                 save_config_callback=None, seed_everything_default=0, parser_kwargs={"exit_on_error": False}, run=False,
+                args=arguments,
             )  # fmt: skip
     return made.model.to("meta" if meta else DEVICE), made.config
 
