@@ -195,7 +195,7 @@ async def visit(url, folder):
         await tab.run(CLICK.format("Caption it"))
         assert await tab.until(f"/cannot be read/.test({MISTAKE}) && {MISTAKE}")
         await tab.run("document.querySelector('[aria-label=\"Remove Image\"]').click()")
-        await tab.until("!!document.querySelector('input[type=file]')")
+        await tab.until("!document.querySelector('.image-frame img') && !!document.querySelector('input[type=file]')")
         await tab.upload("input[type=file]", folder / "scene.png")
         await tab.until("document.querySelector('.image-frame img')?.naturalWidth === 32")
         await tab.run(CLICK.format("Caption it"))
