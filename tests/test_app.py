@@ -214,7 +214,7 @@ async def visit(url, folder):
         assert "text cycle" in said and "seed 1" in said and "a red star ${1+1} {{value}} <b>on white</b>" in said
 
         await tab.run(CLICK.format("Report"))
-        await tab.until("document.querySelector('input[type=radio]')?.offsetParent")
+        await tab.until("!!document.querySelector('input[type=radio]')?.offsetParent")
         await tab.run("document.querySelector('input[type=radio]').click()")
         await tab.until("document.querySelector('iframe')?.srcdoc.includes('A report')")
         outside = [one for one in tab.requested if not one.startswith((url, "data:", "blob:"))]
