@@ -202,7 +202,7 @@ async def visit(url, folder):
         said = await tab.until(TABLE)
         for word in ("base", "blip", "greedy", "nucleus 2", "image cycle", "denoising", "image-text"):
             assert word in said, said
-        assert await tab.run("[...document.querySelectorAll('.made img')].every(one => one.naturalWidth === 32)")
+        await tab.until("[...document.querySelectorAll('.made img')].every(one => one.naturalWidth === 32)")
 
         await tab.run(CLICK.format("Prompt"))
         await tab.until("[...document.querySelectorAll('textarea')].some(one => one.offsetParent)")
