@@ -195,14 +195,14 @@ async def visit(url, folder):
         await tab.run(CLICK.format("Caption it"))
         assert await tab.until(f"/cannot be read/.test({MISTAKE}) && {MISTAKE}")
         await tab.run("document.querySelector('[aria-label=\"Remove Image\"]').click()")
-        await tab.until("!!document.querySelector('input[type=file]')")
+        await tab.until("!document.querySelector('.image-frame img') && !!document.querySelector('input[type=file]')")
         await tab.upload("input[type=file]", folder / "scene.png")
         await tab.until("document.querySelector('.image-frame img')?.naturalWidth === 32")
         await tab.run(CLICK.format("Caption it"))
         said = await tab.until(TABLE)
         for word in ("base", "blip", "greedy", "nucleus 2", "image cycle", "denoising", "image-text"):
             assert word in said, said
-        assert await tab.run("[...document.querySelectorAll('.made img')].every(one => one.naturalWidth === 32)")
+        await tab.until("[...document.querySelectorAll('.made img')].every(one => one.naturalWidth === 32)")
 
         await tab.run(CLICK.format("Prompt"))
         await tab.until("[...document.querySelectorAll('textarea')].some(one => one.offsetParent)")
@@ -214,7 +214,7 @@ async def visit(url, folder):
         assert "text cycle" in said and "seed 1" in said and "a red star ${1+1} {{value}} <b>on white</b>" in said
 
         await tab.run(CLICK.format("Report"))
-        await tab.until("document.querySelector('input[type=radio]')?.offsetParent")
+        await tab.until("!!document.querySelector('input[type=radio]')?.offsetParent")
         await tab.run("document.querySelector('input[type=radio]').click()")
         await tab.until("document.querySelector('iframe')?.srcdoc.includes('A report')")
         outside = [one for one in tab.requested if not one.startswith((url, "data:", "blob:"))]
