@@ -287,9 +287,10 @@ def test_evaluation_configs_name_their_command():
             assert re.search(rf"evaluate.py captions --config miniature_evaluate.yaml --config {path.name}", text)
             assert re.search(rf"evaluate.py images --config miniature_evaluate_images.yaml --config {path.name}", text)
             continue
-        command = "images" if "images" in path.name else "captions"
+        command = next((name for name in ("images", "judges") if name in path.name), "captions")
         assert re.search(rf"python evaluate.py {command} --config {path.name}", text)
-        assert set(yaml.safe_load(text)) >= {"shards", "captioner", "generator", "scorer"}
+        inputs = {"benchmarks", "scorers"} if command == "judges" else {"shards", "scorer"}
+        assert set(yaml.safe_load(text)) >= {"captioner", "generator", *inputs}
 
 
 ABLATIONS = sorted(path.name for path in (ROOT / "configs").glob("*ablation*.yaml"))
