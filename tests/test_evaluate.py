@@ -280,6 +280,13 @@ def test_a_run_is_loaded_with_its_weights(runs, captioner, monkeypatch):
     assert not torch.equal(before, trained.model.text_decoder.bert.encoder.layer[0].crossattention.self.query.weight)
 
 
+def test_the_settings_are_printed_on_request(capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["captions", "--config", "miniature_evaluate.yaml", "--print_config"])
+    assert not ended.value.code
+    assert yaml.safe_load(capsys.readouterr().out)["generator"]["init_args"]["steps"] == 8
+
+
 def test_evaluation_configs_name_their_command():
     for path in (ROOT / "configs").glob("*evaluate*.yaml"):
         text = path.read_text()

@@ -76,6 +76,7 @@ def main(arguments: list[str]) -> int:
         count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
         if count:
             arguments = [f"--runs={json.dumps(arguments[:count])}", *arguments[count:]]
+    del parsers[name].parent_parser  # which --print_config would look for
     parsed = parse(parsers[name], arguments)
     with ExitStack() as held:
         if name in (*EVALUATIONS, "judges"):  # before models are loaded
