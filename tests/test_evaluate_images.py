@@ -296,7 +296,7 @@ def test_a_captioner_of_both_models_is_loaded_too(runs, monkeypatch):
 
 def test_mistakes_are_named(runs, world, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match=r"cycle did not finetune a captioner: .*evaluate.py images"):
+    with pytest.raises(ValueError, match=r"cycle did not finetune a captioner: .*cyclefit evaluate images"):
         load_run(runs / "cycle")
     captioning = tmp_path / "captioning"
     (captioning / "checkpoints").mkdir(parents=True)
@@ -304,7 +304,7 @@ def test_mistakes_are_named(runs, world, tmp_path, monkeypatch):
     state = torch.load(runs / "both" / "checkpoints" / "last.ckpt", weights_only=True)
     state["state_dict"] = {k: v for k, v in state["state_dict"].items() if not k.startswith("generator.")}
     torch.save(state, captioning / "checkpoints" / "last.ckpt")
-    with pytest.raises(ValueError, match=r"captioning did not finetune a generator: .*evaluate.py captions"):
+    with pytest.raises(ValueError, match=r"captioning did not finetune a generator: .*cyclefit evaluate captions"):
         assess(tmp_path / "out", world, [captioning])
     with pytest.raises(ValueError, match=r"the name of the run .*cycle is taken"):
         assess(tmp_path / "out", world, [runs / "cycle", runs / "cycle"])

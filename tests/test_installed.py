@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -84,7 +85,10 @@ def test_the_wheel_works_from_any_folder_and_writes_there_alone(installed, world
 
 def test_a_command_is_what_its_table_says(capsys, monkeypatch):
     for name in COMMANDS:
-        if name not in ("train", "evaluate"):
+        if name == "app" and find_spec("gradio") is None:
+            with pytest.raises(UserError, match="the app needs gradio"):
+                main([name, "--help"])
+        elif name not in ("train", "evaluate"):
             with pytest.raises(SystemExit) as stopped:
                 main([name, "--help"])
             assert stopped.value.code == 0

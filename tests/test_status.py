@@ -79,7 +79,7 @@ def test_how_a_run_ended(runs, tmp_path, capsys):
     assert "last.ckpt is not a checkpoint saved by a run" in said(capsys, run)
 
 
-def test_the_commands_work(runs, tmp_path, capsys, monkeypatch, launch):
+def test_the_commands_work(runs, tmp_path, capsys, monkeypatch, launch, world):
     folder = tmp_path / "some runs"
     shutil.copytree(runs, folder)
     monkeypatch.chdir(ROOT)
@@ -97,6 +97,7 @@ def test_the_commands_work(runs, tmp_path, capsys, monkeypatch, launch):
     assert export.main(rest) == 0
     assert evaluate.main(arguments["compare"][2:]) == 0
     small = ["--limit=4", "--num_candidates=2", "--java=false", "--generator.steps=1"]
+    small.append(f"--shards={json.dumps({'test': str(world / 'validation')})}")
     assert evaluate.main([*arguments["evaluate captions"][2:], *small]) == 0
     assert (folder / "cycle-captions" / "metrics.json").is_file()
 
